@@ -1,0 +1,91 @@
+"""Both halves of one contract: the prompt that asks for a JSON answer, and the reading of that answer.
+
+    {"thoughts": "The dealer shows 7. My cards are 10 4, total 14. I choose hit.", "action": "hit"}
+
+Section 4.1-4.2 of the paper: an answer that names a legal action as `"action": "a"` plays a; any other plays a
+uniformly random legal action, so that an untrained model still explores.
+Does not handle: tokens (policy.py finds the token where the action part begins), the games (env.py).
+"""
+
+import re
+
+ACTION = re.compile(r'"\s*action\s*"\s*:\s*"([^"]*)"', re.IGNORECASE)
+ACTION_KEY = re.compile(r'"\s*action\s*"\s*:', re.IGNORECASE)
+
+
+def make_prompt(env, info, cot=True):
+    """Return v_in for the present state: the task, the legal actions, the answer's format.
+
+    cot=False asks for the action alone (the paper's ablation). The legal actions are asked of the environment now.
+    """
+    env = env.unwrapped
+    task = f"{env.description} {env.state_text(info)}".strip()
+    thoughts = '"thoughts": "what you see and why", ' if cot else ""
+    return (f"{task}\nActions: {' '.join(env.legal_actions())}\n"
+            f'Answer in JSON: {{{thoughts}"action": "one of the actions"}}')
+
+
+def make_answer(action, thoughts=None):
+    """Return v_out as a demonstration writes it; without thoughts, the action alone.
+
+    >>> make_answer("hit", "I choose hit.")
+    '{"thoughts": "I choose hit.", "action": "hit"}'
+    """
+    head = "" if thoughts is None else f'"thoughts": "{thoughts}", '
+    return f'{{{head}"action": "{action}"}}'
+
+
+def parse(text, actions):
+    """Return (action, start): the legal action that the text names or None, and where its action part begins.
+
+    text: any string whatever; actions: the legal actions' texts. The first `"action": "a"` with a legal a counts,
+    a quoted whole ("10" never matches "1"), case and surrounding white space aside. start is the index in text of
+    that match; where no legal action is named, of the first `"action":` key, or len(text) if there is none.
+
+    >>> parse('{"thoughts": "low", "action": "Hit"}', ("stand", "hit"))
+    ('hit', 20)
+    >>> parse('I would rather stand', ("stand", "hit"))
+    (None, 20)
+    """
+    legal = {action.strip().casefold(): action for action in actions}
+    for match in ACTION.finditer(text):
+        if (named := match[1].strip().casefold()) in legal:
+            return legal[named], match.start()
+    key = ACTION_KEY.search(text)
+    return None, key.start() if key else len(text)
+
+
+def choose(text, actions, generator):
+    """Return (index of the action to play, whether the text named it, start): f(v_out) of the paper.
+
+    generator: a numpy Generator, drawn from only for the uniform fallback.
+
+    subtle: an answer that names no action is still what the policy did, so PPO scores its tokens like any other's.
+    The uniform draw adds log 1/|A| to old and new log-probability alike, and so nothing to their ratio.
+    """
+    action, start = parse(text, actions)
+    if action is None:
+        return int(generator.integers(len(actions))), False, start
+    return list(actions).index(action), True, start
+
+
+def json_closed(text):
+    """Whether the first JSON object in the text is complete: generation may stop.
+
+    >>> json_closed('{"thoughts": "a } in a string"'), json_closed('{"action": "hit"}')
+    (False, True)
+    """
+    depth, quoted, escaped = 0, False, False
+    for character in text:
+        if quoted:
+            quoted = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"' and depth:
+            quoted = True
+        elif character == "{":
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+            if depth == 0:
+                return True
+    return False

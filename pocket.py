@@ -1,0 +1,126 @@
+"""A LLaVA for two CPU cores, made from nothing: same classes, same folder layout, 1.4 million parameters.
+
+    python pocket.py --out checkpoints/pocket
+
+Everything the 7B model goes through, it goes through: from_pretrained, 4 bits, LoRA, generate, score, PPO. It learns
+in two lessons on pictures drawn on the fly: first to say what a picture shows, then to answer in the games' format,
+with part of the action labels random (LABEL_NOISE), so that it starts RL about where the paper's LLaVA-sft did.
+It reads these games' pictures and nothing else; no claim about the 7B model follows from it.
+"""
+
+import argparse
+import itertools
+import time
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor,
+                          MistralConfig, PreTrainedTokenizerFast)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from env import GAMES
+from policy import Policy
+from sft import captions, demonstrations, finetune, mixed
+
+SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens
+HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
+# Share of random action labels by game, set so that SFT ends near the paper's LLaVA-sft row (25, 3, 23, 23-35 %).
+LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.35, "points24": 0.25, "blackjack": 0.7}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<s>"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}\n{% endif %}{% endfor %}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}")
+# Pieces are: a run of punctuation that ends in a quote or a brace (`", "`), a word or number with the space before it,
+# one other character. So "10" is one token wherever it stands, and operators are tokens of their own.
+PIECES = Regex(r"""[ ,.:{}"]*["{}]| ?[A-Za-z]+| ?[0-9]+|\n| ?[^A-Za-z0-9]""")
+
+
+def make_tokenizer(seed=0):
+    """Train a byte-level BPE on the games' own prompts and answers: about 400 tokens, the same for the same seed."""
+    texts = []
+    for task, cot in itertools.product(GAMES, (True, False)):
+        texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), 1500)
+                  for text in (d.prompt, d.answer)]
+        texts += [text for d in itertools.islice(captions(task, seed), 300) for text in (d.prompt, d.answer)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<pad>", "<s>", "</s>", "<image>")]
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   extra_special_tokens={"image_token": "<image>"})
+
+
+def make_processor(seed=0):
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=[[SIDE, SIDE]])
+    return LlavaNextProcessor(images, make_tokenizer(seed), patch_size=PATCH, vision_feature_select_strategy="default",
+                              chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1)
+
+
+def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS):
+    """A LlavaNextForConditionalGeneration with seeded random weights that fits the processor."""
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=vision_layers,
+                              num_attention_heads=heads, image_size=SIDE, patch_size=PATCH, projection_dim=hidden)
+    text = MistralConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden,
+                         num_hidden_layers=text_layers, num_attention_heads=heads, num_key_value_heads=heads,
+                         max_position_embeddings=1024, sliding_window=None, pad_token_id=tokenizer.pad_token_id,
+                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+                             image_grid_pinpoints=[[SIDE, SIDE]], vision_feature_layer=-1,
+                             vision_feature_select_strategy="default", tie_word_embeddings=False)
+    # Transformers' 0.02 leaves so small a model at chance for thousands of steps; 0.08 starts to read at once.
+    for part in (config, vision, text):
+        part.initializer_range = 0.08
+    with torch.random.fork_rng(devices=[]):             # transformers draws weights from the global generator
+        torch.manual_seed(seed)
+        return LlavaNextForConditionalGeneration(config)
+
+
+def lessons(seed, streams=16):
+    """Sources of the two lessons: captions of all games; answers, one stream in eight without thoughts.
+
+    Many streams a game keep the deals in a batch different; Points24 has most to learn and comes twice.
+    """
+    reads = [captions(task, seed + i) for i in range(streams) for task in GAMES]
+    answers = [demonstrations(task, seed + i, LABEL_NOISE[task], cot=i % 8 > 0)
+               for i in range(streams) for task in (*GAMES, "points24")]
+    return reads, answers
+
+
+def build(out, seed=0, caption_steps=500, answer_steps=1300, batch=64, lr=1e-3):
+    """Make and train the pocket model, write it to the folder `out` (weights in fp16: 3 MB)."""
+    processor = make_processor(seed)
+    model = make_model(processor, seed)
+    policy = Policy(model, processor, parts=(), seed=seed)
+    generator = np.random.default_rng(seed)
+    reads, answers = lessons(seed)
+    finetune(policy, mixed(reads, batch, generator), caption_steps, lr, title="reading")
+    finetune(policy, mixed(answers, batch, generator), answer_steps, lr, title="answering")
+    model.half().save_pretrained(out)
+    processor.save_pretrained(out)
+    return policy
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--caption-steps", type=int, default=500)
+    parser.add_argument("--answer-steps", type=int, default=1300)
+    options = parser.parse_args(arguments)
+    begun = time.perf_counter()
+    build(options.out, options.seed, options.caption_steps, options.answer_steps)
+    print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task blackjack "
+          f"--model {options.out}")
+
+
+if __name__ == "__main__":
+    main()

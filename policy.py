@@ -1,0 +1,340 @@
+"""The policy: a LLaVA in 4, 16 or 32 bits, LoRA adapters, a value head; it writes answers and scores them.
+
+    model, processor = load_model("llava-hf/llava-v1.6-mistral-7b-hf", bits=4, device="cuda")
+    policy = Policy(model, processor, rank=128)
+    prompts   = policy.encode(pictures, texts)              # what the model gets, kept to be scored again
+    responses = policy.generate(prompts, generator)         # the very token ids that were sampled
+    logp, mask, value = policy.logprobs(prompts, responses) # (B, T), (B, T), (B,)
+
+Alphabet of shapes: B samples, I image tokens, P prompt tokens (image tokens among them), T response tokens,
+V vocabulary, D hidden size.
+
+Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
+goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
+rollout and update see the same network. Does not handle: the adapters themselves
+(lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lora import PARTS, add_lora, load_adapters, save_adapters
+
+
+LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
+POCKET = Path(__file__).parent / "checkpoints" / "pocket"
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be used; the message says why and what to do."""
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+def load_model(name, bits=32, device="cpu"):
+    """Return (model, processor) of a hub name or a folder.
+
+    bits: 4 (NF4 with double quantisation), 16 (bfloat16) or 32. Raises ModelError with advice.
+    """
+    if bits not in (4, 16, 32):
+        raise ModelError(f"bits must be 4, 16 or 32, not {bits}")
+    dtype = torch.float32 if bits == 32 or (bits == 4 and device == "cpu") else torch.bfloat16
+    quantisation = None
+    if bits == 4:
+        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                          bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    _check_memory(name, bits, device)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, quantization_config=quantisation, device_map={"": device})
+    except (OSError, ConnectionError) as error:
+        raise ModelError(f"cannot load the model {name!r}: neither a folder with a model here nor a name that the hub "
+                         "gave an answer for. Check the spelling; without a network, download it elsewhere "
+                         f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{name!r} is no model that takes pictures (transformers does not know it as image-text-to-"
+                         "text). Use a LLaVA-NeXT checkpoint, such as llava-hf/llava-v1.6-mistral-7b-hf. "
+                         f"The loader said: {error}") from error
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
+                         "or use --model pocket.") from error
+    missing = [part for part, prefix in PARTS.items() if not hasattr(model.model, prefix.split(".")[1])]
+    if missing or not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
+        raise ModelError(f"{name!r} loads, but is not laid out as a LLaVA (missing: {missing or 'image processor or '}"
+                         f"{'' if missing else 'chat template'}). Use a LLaVA-NeXT checkpoint with its processor.")
+    return model, processor
+
+
+def open_model(model="auto", bits="auto"):
+    """Return (model, processor, name, adapters) for a command line's words.
+
+    model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
+    model folder, or a folder of adapters that sft.py wrote: then its base is loaded, and `adapters` is that folder
+    (else None). name is the model's, "auto" resolved. bits: "auto" is 4 on a GPU (but 32 for pocket), 32 on a CPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, adapters = str(model), None
+    if model == "auto":
+        large = device == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 20e9
+        name = LLAVA_7B if large else "pocket"
+        print(f"model: {name} ({'a GPU with 20 GB or more is' if large else 'no GPU with 20 GB is'} here; choose "
+              f"another with --model {'pocket' if large else LLAVA_7B})")
+    source = name
+    if (Path(name) / "adapter_config.json").exists():
+        adapters, source = name, json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if bits == "auto":
+        bits = 4 if device == "cuda" and source != "pocket" else 32
+    return *load_model(str(POCKET) if source == "pocket" else source, int(bits), device), name, adapters
+
+
+def _check_memory(name, bits, device):
+    """Refuse a folder whose weights cannot fit, before the machine starts to swap or kills the run."""
+    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
+    needed = stored * bits / 16                                   # checkpoints are stored in 16 bits
+    if device == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise ModelError(f"{name!r} needs about {needed / 2**30:.0f} GiB in {bits} bits and {free / 2**30:.0f} are "
+                         "free: try --bits 4, close other programs, or use --model pocket.")
+
+
+# ---- the policy ----------------------------------------------------------------------------------------------------
+@dataclass
+class Prompt:
+    """One state as the model gets it: stored when it is sampled from, scored as stored."""
+    pixels: torch.Tensor            # (3, H, W) fp32, normalised, on the CPU
+    ids: list                       # P token ids, I image tokens among them
+
+
+class Policy(nn.Module):
+    """See the file's header. temperature divides the logits in sampling and in scoring alike."""
+
+    def __init__(self, model, processor, rank=32, alpha=None, parts=tuple(PARTS), temperature=1.0, seed=0,
+                 gradient_checkpointing=False):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.temperature, self.rank, self.alpha = temperature, rank, alpha or 2 * rank
+        generator = torch.Generator().manual_seed(seed)
+        self.lora = add_lora(model, rank, self.alpha, parts, generator) if parts else {}
+        hidden = model.config.text_config.hidden_size
+        self.value_head = _value_head(hidden, generator).to(model.device)
+        self.checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._no_dropout()
+
+        self.image_token = model.config.image_token_id
+        grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        self.image_tokens = grid * grid                                           # I: the base view, no CLS
+        self.image_text = self.tokenizer.convert_ids_to_tokens(self.image_token)
+        # Never sampled, and out of the scored distribution too: ids that would break or blur the next scoring pass.
+        size = model.get_output_embeddings().weight.shape[0]
+        forbidden = torch.arange(size) >= len(self.tokenizer)
+        for token in (self.image_token, self.tokenizer.pad_token_id, self.tokenizer.bos_token_id):
+            if token is not None and token != self.tokenizer.eos_token_id:
+                forbidden[token] = True
+        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)    # (V,)
+        pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
+
+    def _no_dropout(self):
+        """Old and new log-probabilities need the same network: no dropout, in train mode (checkpointing) either."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        self.model.eval()
+
+    @property
+    def device(self):
+        return self.forbidden.device
+
+    def trainable(self):
+        """[(name, parameter)] that learn: the adapters and the value head, in a fixed order."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    # -- in: pictures and texts to tensors
+    def encode(self, pictures, texts):
+        """Return a Prompt for each picture (H, W, 3) uint8 and user text, in the model's own chat template."""
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+        rendered = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        for text in rendered:
+            if text.count(self.image_text) != 1:
+                raise ModelError(f"the chat template put {text.count(self.image_text)} image tokens into a prompt "
+                                 "that has one picture: this processor does not belong to a LLaVA")
+        rendered = [text.replace(self.image_text, self.image_text * self.image_tokens) for text in rendered]
+        bos = self.tokenizer.bos_token
+        add_bos = not (bos and rendered[0].startswith(bos))                       # some templates bring their own
+        ids = self.tokenizer(rendered, add_special_tokens=add_bos)["input_ids"]
+        return [Prompt(pixels, list(row)) for pixels, row in zip(self._pixels(pictures), ids)]
+
+    def encode_answers(self, texts):
+        """Token ids of written answers, EOS at the end: the responses of supervised learning."""
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [list(row) + [self.tokenizer.eos_token_id] for row in ids]
+
+    def _pixels(self, pictures):
+        """(B, 3, H, W) fp32: LLaVA-NeXT's base view, the whole picture at the vision tower's size."""
+        settings, side = self.processor.image_processor, self.model.config.vision_config.image_size
+        small = [np.asarray(Image.fromarray(p).resize((side, side), settings.resample)) for p in pictures]
+        mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
+        pixels = torch.from_numpy(np.stack(small)).float() * settings.rescale_factor
+        return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def _collate(self, prompts, responses=None):
+        """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (B, P+T), P and T.
+
+        Every prompt ends at P-1 and every response begins at P, whatever their lengths.
+        """
+        responses = responses or [[] for _ in prompts]
+        P, T = max(len(p.ids) for p in prompts), max(len(r) for r in responses)
+        ids = torch.zeros(len(prompts), P + T, dtype=torch.long)                  # 0 under a mask of 0 is any id
+        mask = torch.zeros_like(ids)
+        for row, (prompt, response) in enumerate(zip(prompts, responses)):
+            ids[row, P - len(prompt.ids):P] = torch.tensor(prompt.ids)
+            ids[row, P:P + len(response)] = torch.tensor(response, dtype=torch.long)
+            mask[row, P - len(prompt.ids):P + len(response)] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return ids.to(self.device), mask.to(self.device), positions.to(self.device), P, T
+
+    # -- through: the model's body
+    def image_features(self, prompts):
+        """(B, I, D): the vision tower and the projector on the base views."""
+        config = self.model.config
+        pixels = torch.stack([p.pixels for p in prompts]).to(self.device, self.model.dtype)
+        states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        return self.model.model.multi_modal_projector(states[config.vision_feature_layer][:, 1:])  # without CLS
+
+    def _body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
+        """transformers' own LLaVA-NeXT up to the last hidden states (B, length, D), plus its cache."""
+        images = None
+        if features is not None:
+            images = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+        return self.model.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                mm_encoder_outputs=images, use_cache=use_cache)
+
+    def _log_softmax(self, hidden):
+        """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
+        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
+        return logits.masked_fill(self.forbidden, -torch.inf).log_softmax(-1)
+
+    def logprobs(self, prompts, responses):
+        """Score responses: the single function for old, new and supervised answers.
+
+        Returns logp (B, T) fp32, the log-probability of each response token given all before it, 0 where padded;
+        mask (B, T) float, 1 on response tokens; value (B,) fp32, V of the state, read at the last prompt token
+        (before any response token, so it cannot see what was answered).
+        """
+        ids, mask, positions, P, T = self._collate(prompts, responses)
+        if self.checkpointing and torch.is_grad_enabled():
+            self.model.train()                                                    # checkpointing works in this mode only
+        hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
+        self.model.eval()
+        value = self.value_head(hidden[:, P - 1].float()).squeeze(-1)             # (B,)
+        logp = self._log_softmax(hidden[:, P - 1:P + T - 1])                      # position t-1 predicts token t
+        logp = logp.gather(-1, ids[:, P:, None]).squeeze(-1)                      # (B, T)
+        mask = mask[:, P:].float()
+        return torch.where(mask > 0, logp, 0.0), mask, value
+
+    @torch.no_grad()
+    def value(self, prompts):
+        """V of the states (B,) fp32, without any response."""
+        ids, mask, positions, P, _ = self._collate(prompts)
+        hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
+        return self.value_head(hidden[:, P - 1].float()).squeeze(-1)
+
+    @torch.no_grad()
+    def generate(self, prompts, generator, max_new_tokens=256, finished=None, greedy=False):
+        """Sample an answer for each prompt; return the sampled ids, a list of lists, EOS included where it was drawn.
+
+        generator: torch.Generator on the policy's device. finished: a function of the text so far that ends an answer
+        (parse.json_closed). greedy=True takes the likeliest token instead of a draw.
+        """
+        ids, mask, positions, _, _ = self._collate(prompts)
+        output = self._body(ids, mask, positions, self.image_features(prompts), use_cache=True)
+        position = positions[:, -1:]
+        responses = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, V)
+            if greedy:
+                drawn = logp.argmax(-1, keepdim=True)
+            else:
+                drawn = torch.multinomial(logp.exp(), 1, generator=generator)     # (B, 1)
+            for row, token in enumerate(drawn[:, 0].tolist()):
+                if row not in going:
+                    continue
+                responses[row].append(token)
+                closed = finished is not None and token in self.may_close and finished(self.decode(responses[row]))
+                if closed or token == self.tokenizer.eos_token_id:
+                    going.discard(row)
+            if not going:
+                break
+            mask, position = F.pad(mask, (0, 1), value=1), position + 1
+            output = self._body(drawn, mask, position, cache=output.past_key_values, use_cache=True)
+        return responses
+
+    def decode(self, response):
+        """Text of a response, without special tokens, not tidied up: prefixes decode to prefixes."""
+        return self.tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def action_start(self, response, start):
+        """The index of the first token that reaches beyond character `start` of the decoded response.
+
+        Found by halving on decoded prefixes, so it holds for any tokenizer: ids of `"action"` differ by tokenizer and
+        by the character before it. subtle: a token that straddles the boundary belongs to the action.
+
+        For tokens `{"`, `a`, `": "` and start 3 it is 2: the first two tokens end at character 3.
+        """
+        low, high = 0, len(response)
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.decode(response[:middle + 1])) > start:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    # -- to disk and back
+    def save(self, folder, base_name):
+        """Write the adapters in PEFT's file format, the value head beside them (value_head.safetensors)."""
+        save_adapters(self.lora, folder, base_name, self.rank, self.alpha)
+        head = {name: tensor.cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
+        save_file(head, Path(folder) / "value_head.safetensors")
+
+    def load(self, folder):
+        """Read what save, or PEFT, wrote; the value head where there is one."""
+        load_adapters(self.lora, folder)
+        head = Path(folder) / "value_head.safetensors"
+        if head.exists():
+            self.value_head.load_state_dict(load_file(head))
+
+
+def _value_head(hidden, generator):
+    """The paper's MLP: hidden → 1024 → 512 → 1 with ReLU, in fp32, seeded."""
+    layers = []
+    for wide, narrow in ((hidden, 1024), (1024, 512), (512, 1)):
+        linear = nn.utils.skip_init(nn.Linear, wide, narrow)                      # no draw from the global generator
+        bound = 1 / math.sqrt(wide)
+        with torch.no_grad():
+            linear.weight.uniform_(-bound, bound, generator=generator)
+            linear.bias.zero_()
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

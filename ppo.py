@@ -1,0 +1,176 @@
+"""Clipped PPO where one action is a whole written answer (RL4VLM, section 4.3; PPO: arXiv 1707.06347).
+
+    log π(a|o, v_in) ← λ · log π(v_tht|o, v_in) + log π(v_act|o, v_in, v_tht)          sums over tokens
+
+Differs from the textbook: the ratio belongs to the answer, not to a token; the thoughts' share of it is weighted with
+λ (`cot_lambda`, not to be mixed up with `gae_lambda`). Differs from the published code: truncation bootstraps, each
+value belongs to its own observation and prompt, answers are scored under the prompt that they were sampled under.
+Does not handle: playing (train.py), scoring tokens (policy.py), several optimisers, recurrent policies.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class PPOSettings:
+    gamma: float = 0.9              # discount; the paper's
+    gae_lambda: float = 0.95        # the paper's
+    cot_lambda: float = 0.5         # weight of the thoughts' log-probability; the paper's for the card games
+    clip: float = 0.1               # ε, for the policy and for the value; the paper's
+    value_coef: float = 0.5         # the paper's
+    epochs: int = 4                 # passes over a rollout; the paper's
+    minibatch: int = 128            # answers an optimiser step; the paper's
+    micro_batch: int = None         # answers a forward pass: memory only, the gradients are the minibatch's
+    max_grad_norm: float = 1.0      # gradients are scaled down to this norm
+
+
+@dataclass
+class Rollout:
+    """S = steps × games samples, in the order of play (all games' first step, all games' second, …)."""
+    prompts: list = field(default_factory=list)         # S policy.Prompt: what was put in
+    responses: list = field(default_factory=list)       # S lists of token ids: what was sampled
+    action_starts: list = field(default_factory=list)   # S token indices: where the action part begins
+    old_logp: torch.Tensor = None       # (S,) λ-weighted, of the policy that sampled
+    old_values: torch.Tensor = None     # (S,)
+    advantages: torch.Tensor = None     # (S,) not normalised
+    returns: torch.Tensor = None        # (S,)
+
+
+def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16): return (advantages, returns), both (L, N).
+
+    All arguments (L, N): L steps of N games. next_values[t] is V of the observation that step t led to: where an
+    episode was truncated that of its last observation, not of the next game's first. Termination has no future;
+    truncation has one, of which V is the guess; both cut the sum over later δ.
+
+    Two steps, r = (0, 1), V = (0.5, 0.5), the second terminal, γ = 0.9, gae_lambda = 1:
+    δ = (0.9·0.5 − 0.5, 1 − 0.5) = (−0.05, 0.5); A = (−0.05 + 0.9·0.5, 0.5) = (0.4, 0.5); returns (0.9, 1.0).
+    """
+    # δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
+    delta = rewards + gamma * next_values * (1 - terminated) - values
+    ended = torch.maximum(terminated, truncated)
+    advantages = torch.zeros_like(delta)
+    following = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        # A_t = δ_t + γ gae_lambda (1 − ended_t) A_{t+1}
+        following = delta[t] + gamma * gae_lambda * (1 - ended[t]) * following
+        advantages[t] = following
+    return advantages, advantages + values
+
+
+def answer_logprob(logp, mask, action_starts, cot_lambda):
+    """(B,) λ-weighted log-probability of answers from their tokens' logp (B, T) and mask (B, T).
+
+    action_starts (B,): index of the first action token. λ = 1 is the plain sum, λ = 0 ignores the thoughts.
+
+    >>> answer_logprob(torch.tensor([[-1., -2., -3.]]), torch.ones(1, 3), torch.tensor([2]), 0.5)
+    tensor([-4.5000])
+    """
+    is_thought = torch.arange(logp.shape[1], device=logp.device) < action_starts[:, None]      # (B, T)
+    # log π(a) = λ Σ log π(v_tht) + Σ log π(v_act)
+    return (logp * mask * torch.where(is_thought, cot_lambda, 1.0)).sum(1)
+
+
+def policy_loss(logp, old_logp, advantages, clip):
+    """Return (loss, approximate KL, clip fraction), scalars, of (B,) log-probabilities and advantages."""
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    with torch.no_grad():
+        kl = (ratio - 1 - log_ratio).mean()         # of the λ-weighted answers; never negative (joschu.net/blog/kl-approx)
+        clipped = ((ratio - 1).abs() > clip).float().mean()
+    return loss, kl, clipped
+
+
+def value_loss(values, old_values, returns, clip):
+    """½ E[max((V − R)², (V_clipped − R)²)], V_clipped within ±clip of the old value."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()
+
+
+def explained_variance(values, returns):
+    """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant; nan if R is constant."""
+    variance = returns.var()
+    return float("nan") if variance == 0 else (1 - (returns - values).var() / variance).item()
+
+
+def by_length(prompts, responses, size, indices=None):
+    """Split sample indices into groups of `size` of similar length, longest first: less padding, same sums."""
+    indices = range(len(prompts)) if indices is None else indices
+    order = sorted(indices, key=lambda i: (-len(prompts[i].ids) - len(responses[i]), i))
+    return [order[k:k + size] for k in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def score_rollout(policy, rollout, settings):
+    """Fill old_logp and old_values by `policy.logprobs`; return the mean (thought, action) log-probability an answer."""
+    S = len(rollout.responses)
+    rollout.old_logp, rollout.old_values = torch.zeros(S), torch.zeros(S)
+    sums = torch.zeros(2)
+    for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch):
+        logp, mask, value = policy.logprobs(*_gather(rollout, group))
+        starts = _starts(rollout, group, logp.device)
+        action = answer_logprob(logp, mask, starts, 0.0)
+        sums += torch.tensor([(logp.sum() - action.sum()).item(), action.sum().item()])
+        rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
+        rollout.old_values[group] = value.cpu()
+    return (sums / S).tolist()
+
+
+def ppo_update(policy, optimizer, rollout, settings, generator):
+    """Improve the policy on one rollout; return a dict of diagnostics, means over the update's minibatches.
+
+    policy: anything with `logprobs(prompts, responses) → (logp, mask, value)` and `trainable() → [(name, tensor)]`.
+    generator: torch.Generator on the CPU, for the order of samples. Raises FloatingPointError on a non-finite loss.
+    """
+    S = len(rollout.responses)
+    parameters = [parameter for _, parameter in policy.trainable()]
+    # The paper's code normalises over the rollout, not over the minibatch.
+    advantages = (rollout.advantages - rollout.advantages.mean()) / (rollout.advantages.std() + 1e-8)
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
+    history = []
+    for epoch in range(settings.epochs):
+        order = torch.randperm(S, generator=generator).tolist()
+        for start in range(0, S, settings.minibatch):
+            batch = order[start:start + settings.minibatch]
+            optimizer.zero_grad(set_to_none=True)
+            sums = torch.zeros(4)
+            for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, batch):
+                logp, mask, values = policy.logprobs(*_gather(rollout, group))
+                device = logp.device
+                new = answer_logprob(logp, mask, _starts(rollout, group, device), settings.cot_lambda)
+                p_loss, kl, clipped = policy_loss(new, rollout.old_logp[group].to(device),
+                                                  advantages[group].to(device), settings.clip)
+                v_loss = value_loss(values, rollout.old_values[group].to(device), rollout.returns[group].to(device),
+                                    settings.clip)
+                loss = p_loss + settings.value_coef * v_loss
+                if not torch.isfinite(loss):
+                    bad = [i for i, x, v in zip(group, new.tolist(), values.tolist()) if not abs(x + v) < float("inf")]
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} in epoch {epoch}, minibatch {start // settings.minibatch}, samples "
+                        f"{bad or group}: the last checkpoint is intact. Try a smaller --lr or --bits 32.")
+                # subtle: weighted by its share, so that accumulated micro-batches give the minibatch's mean
+                share = len(group) / len(batch)
+                (loss * share).backward()
+                sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            if not torch.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"the gradient's norm is {grad_norm.item()} in epoch {epoch}, minibatch "
+                    f"{start // settings.minibatch}, samples {batch[:8]} …: try a smaller --lr or --bits 32.")
+            optimizer.step()
+            history.append([*sums.tolist(), grad_norm.item()])
+    means = torch.tensor(history).mean(0).tolist()
+    return {**dict(zip(names, means)),
+            "explained_variance": explained_variance(rollout.old_values, rollout.returns)}
+
+
+def _gather(rollout, group):
+    return [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group]
+
+
+def _starts(rollout, group, device):
+    return torch.tensor([rollout.action_starts[i] for i in group], device=device)

@@ -1,0 +1,127 @@
+"""What a run is made of: the settings of train.py, their defaults, the paper's values, and the command line.
+
+`Settings` is the very object that a run's config.json holds. Does not handle: what the settings do (train.py, ppo.py).
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from env import GAMES
+from lora import PARTS
+from ppo import PPOSettings
+
+
+@dataclass
+class Settings(PPOSettings):
+    """A run, whole: what config.json holds. A None is filled in by the size of the model (BY_SIZE)."""
+    task: str = "blackjack"
+    model: str = "auto"
+    bits: str = "auto"
+    out: str = None                 # runs/TASK-seedN
+    seed: int = 1
+    steps: int = 15_000             # environment steps in all; the paper's
+    rollout: int = 512              # environment steps an update; the paper's (1024 on the formula games)
+    envs: int = 64                  # games side by side
+    cot: bool = True                # False: the paper's ablation, the action alone
+    max_new_tokens: int = 256       # the paper's
+    lora_on: tuple = tuple(PARTS)   # the paper's: all three
+    lr: float = None                # falls on a cosine to lr_end over the run's updates, and stays there
+    lr_end: float = 1e-9            # the paper's
+    rank: int = None                # LoRA's r; α = 2 r as in the paper
+    temperature: float = None       # in sampling and in scoring
+    gradient_checkpointing: bool = None     # less memory for more time
+    save_every: int = 1             # updates a checkpoint
+    eval_episodes: int = 1000       # held-out games at the start and at the end; 0 for none
+    eval_seed: int = 10_000         # dealt by this seed and the following ones
+
+    def updates(self):
+        return self.steps // self.rollout
+
+
+# The paper's settings are for 7 billion parameters; a million learn at other ones (README, "Differs from the paper").
+BY_SIZE = {
+    "large": {"lr": 1e-5, "rank": 128, "temperature": 0.2, "micro_batch": 4, "gradient_checkpointing": True},
+    "small": {"lr": 3e-4, "rank": 32, "temperature": 1.0, "micro_batch": 64, "gradient_checkpointing": False},
+}
+
+
+def learning_rate(update, settings):
+    """Cosine from lr to lr_end over the run's updates, one step an update, never rising again."""
+    done = min(1.0, update / max(1, settings.updates()))
+    return settings.lr_end + (settings.lr - settings.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def read_settings(description, arguments=None):
+    """Return (settings, resume): from the command line, or from the config.json of the run to resume."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--task", choices=GAMES, help="the game (needed, but for --resume)")
+    add("--model", help="auto, pocket, a hub name, a folder, or a folder of adapters from sft.py [auto]")
+    add("--bits", choices=["auto", "4", "16", "32"], help="of the frozen weights [auto: 4 on a GPU, 32 on a CPU]")
+    add("--out", help="run folder [runs/TASK-seedN]")
+    add("--resume", action="store_true", help="go on from the run folder's last checkpoint, with its settings")
+    add("--seed", type=int, help="fixes the whole run [1]")
+    add("--steps", type=int, help="environment steps in all [15000]")
+    add("--rollout", type=int, help="environment steps an update [512]")
+    add("--envs", type=int, help="games side by side; divides --rollout [64]")
+    add("--no-cot", dest="cot", action="store_false", help="ask for the action alone (the paper's ablation)")
+    add("--cot-lambda", type=float, help="weight of the thoughts' log-probability, 0 to 1 [0.5]")
+    add("--temperature", type=float, help="of sampling and of scoring [1.0 pocket, 0.2 else]")
+    add("--max-new-tokens", type=int, help="longest answer [256]")
+    add("--lr", type=float, help="at the start, falling on a cosine [3e-4 pocket, 1e-5 else]")
+    add("--rank", type=int, help="of the LoRA adapters [32 pocket, 128 else]")
+    add("--lora-on", type=lambda text: tuple(text.split(",")), help=f"which parts learn [{','.join(PARTS)}]")
+    add("--gamma", type=float, help="discount [0.9]")
+    add("--gae-lambda", type=float, help="[0.95]")
+    add("--clip", type=float, help="PPO's epsilon [0.1]")
+    add("--epochs", type=int, help="passes over a rollout [4]")
+    add("--minibatch", type=int, help="answers an optimiser step [128]")
+    add("--micro-batch", type=int, help="answers a forward pass: lower it when memory runs out [64 pocket, 4 else]")
+    add("--save-every", type=int, help="updates a checkpoint [1]")
+    add("--eval-episodes", type=int, help="held-out games before and after; 0 for none [1000]")
+    given = vars(parser.parse_args(arguments))
+    resume = given.pop("resume", False)
+    if "out" not in given and "task" in given:
+        given["out"] = f"runs/{given['task']}-seed{given.get('seed', Settings.seed)}"
+    config = Path(given.get("out", "")) / "config.json"
+    if resume and "out" in given and config.exists():
+        stored = json.loads(config.read_text())
+        other = [key for key, value in given.items() if key not in ("out", "lora_on") and stored[key] != value]
+        if other:
+            parser.error(f"--resume goes on with the run's own settings; {config} has another {', '.join(other)}: "
+                         "leave them out, or start a new run with --out")
+        return Settings(**(stored | {"out": given["out"], "lora_on": tuple(stored["lora_on"])})), True
+    if "task" not in given:
+        parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
+    if config.exists():
+        parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")
+    settings = Settings(**given)
+    if problem := _problem(settings):
+        parser.error(problem)
+    return settings, False
+
+
+def _problem(s):
+    """What is wrong with the settings, in words, or None."""
+    if unknown := set(s.lora_on) - set(PARTS):
+        return f"--lora-on: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
+    for name in ("steps", "rollout", "envs", "epochs", "minibatch", "save_every", "max_new_tokens"):
+        if getattr(s, name) < 1:
+            return f"--{name.replace('_', '-')} must be 1 or more"
+    for name in ("cot_lambda", "gamma", "gae_lambda", "clip"):
+        if not 0 <= getattr(s, name) <= 1:
+            return f"--{name.replace('_', '-')} must lie between 0 and 1"
+    for name in ("lr", "rank", "temperature", "micro_batch"):
+        if getattr(s, name) is not None and not getattr(s, name) > 0:
+            return f"--{name.replace('_', '-')} must be above 0"
+    if s.rollout % s.envs:
+        return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
+    if s.steps < s.rollout:
+        return f"--steps {s.steps} is less than one rollout of {s.rollout}: lower --rollout (and --envs)"
+    if s.seed < 0 or s.eval_episodes < 0:
+        return "--seed and --eval-episodes must not be negative"
+    return None

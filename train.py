@@ -1,0 +1,277 @@
+"""RL fine-tuning of a vision-language model on a card game: the whole of RL4VLM in one loop.
+
+    python train.py --task blackjack                       # two CPU cores: the pocket model; a 24 GB GPU: LLaVA-1.6-7B
+    python train.py --task numberline --no-cot --seed 2
+    python train.py --task points24 --out runs/p24 --resume
+
+collect a rollout → advantages → clipped PPO → metrics, checkpoint. One seed fixes a run bit for bit on a CPU, and a
+run killed at any moment and resumed ends as the run that was left alone: metrics.jsonl too, byte for byte (the clock
+is in timing.jsonl). Does not handle: several GPUs, several tasks at once.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from env import GAMES
+from eval import act, evaluate, last_checkpoint, model_player
+from expert import reads_right
+from lora import adapter_settings
+from parse import make_prompt
+from policy import ModelError, Policy, open_model
+from ppo import Rollout, gae, ppo_update, score_rollout
+from settings import BY_SIZE, learning_rate, read_settings
+
+
+class Run:
+    """All that a run's future depends on: policy, optimiser, games, generators, counters. save/load are exact."""
+
+    def __init__(self, settings, policy):
+        self.settings, self.policy, self.update = settings, policy, 0
+        parameters = [parameter for _, parameter in policy.trainable()]
+        self.optimizer = torch.optim.Adam(parameters, lr=settings.lr, eps=1e-7)          # the paper's ε
+        # One seed, independent streams: tokens, fallback actions, the order of samples, and one for each game.
+        seeds = np.random.SeedSequence(settings.seed).generate_state(3 + settings.envs).tolist()
+        self.sampling = torch.Generator(policy.device).manual_seed(seeds[0])
+        self.fallback = np.random.default_rng(seeds[1])
+        self.shuffling = torch.Generator().manual_seed(seeds[2])
+        self.games = [GAMES[settings.task]() for _ in range(settings.envs)]
+        for game, seed in zip(self.games, seeds[3:]):
+            game.reset(seed=seed + 2**31)                       # above every held-out seed
+
+    def save(self, folder):
+        """Write a checkpoint folder that appears whole or not at all, then drop the one before."""
+        whole = Path(folder) / f"checkpoint-{self.update:06d}"
+        part = Path(folder) / "checkpoint.part"
+        shutil.rmtree(part, ignore_errors=True)
+        self.policy.save(part, self.settings.model)
+        tensors = {"sampling": self.sampling.get_state(), "shuffling": self.shuffling.get_state()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, part / "training.safetensors")
+        (part / "training.json").write_text(json.dumps({
+            "update": self.update, "fallback": self.fallback.bit_generator.state,
+            "games": [game.get_state() for game in self.games]}))
+        older = last_checkpoint(folder)
+        os.replace(part, whole)
+        if older:
+            shutil.rmtree(older)
+
+    def load(self, checkpoint):
+        self.policy.load(checkpoint)
+        tensors = load_file(checkpoint / "training.safetensors")
+        self.sampling.set_state(tensors["sampling"])
+        self.shuffling.set_state(tensors["shuffling"])
+        state = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        plain = json.loads((checkpoint / "training.json").read_text())
+        self.update, self.fallback.bit_generator.state = plain["update"], plain["fallback"]
+        for game, state in zip(self.games, plain["games"]):
+            game.set_state(state)
+
+
+def collect(run, progress=lambda steps: None):
+    """Play rollout/envs steps of every game; return (Rollout with advantages, metrics, one transcript)."""
+    settings, policy, games = run.settings, run.policy, run.games
+    L, N = settings.rollout // settings.envs, settings.envs
+    rollout = Rollout()
+    rewards, terminated, truncated = torch.zeros(3, L, N)                       # each (L, N)
+    last_prompts = {}                                                           # (t, game) → Prompt, where truncated
+    returns, successes, named, read = [], [], [], []
+    states = [game.observe() for game in games]
+    for t in range(L):
+        pictures, infos = zip(*states)
+        prompts, responses, choices = act(policy, games, pictures, infos, run.sampling, run.fallback,
+                                          settings.cot, settings.max_new_tokens)
+        rollout.prompts += prompts
+        rollout.responses += responses
+        rollout.action_starts += [start for _, _, _, start in choices]
+        cut = []
+        for i, (game, (index, text, by_name, _)) in enumerate(zip(games, choices)):
+            named.append(by_name)
+            read.append(reads_right(settings.task, text, infos[i]))
+            picture, rewards[t, i], done, out_of_time, info = game.step(index)
+            terminated[t, i], truncated[t, i] = done, out_of_time
+            if out_of_time:
+                cut.append((i, picture, info))
+            if done or out_of_time:
+                returns.append(game.episode_return)
+                successes.append(info["is_success"])
+                picture, info = game.reset()
+            states[i] = picture, info
+        if cut:
+            # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
+            last_prompts |= dict(zip([(t, i) for i, _, _ in cut], _encode(run, cut)))
+        progress(N)
+    index, text, by_name, _ = choices[0]
+    transcript = {"text": text, "action": games[0].legal_actions()[index], "named": by_name,
+                  "reward": rewards[-1, 0].item()}
+
+    thought_logp, action_logp = score_rollout(policy, rollout, settings)
+    values = rollout.old_values.view(L, N)
+    last_values = _values(run, _encode(run, [(i, *state) for i, state in enumerate(states)]))
+    next_values = torch.cat([values[1:], last_values[None]])
+    if last_prompts:
+        for (t, i), value in zip(last_prompts, _values(run, list(last_prompts.values()))):
+            next_values[t, i] = value
+    advantages, targets = gae(rewards, values, next_values, terminated, truncated, settings.gamma, settings.gae_lambda)
+    rollout.advantages, rollout.returns = advantages.flatten(), targets.flatten()
+    metrics = {"episodes": len(returns), "success": _mean(successes), "return_mean": _mean(returns),
+               "parse_rate": _mean(named), "reading_rate": _mean(read),
+               "response_tokens": _mean([len(response) for response in rollout.responses]),
+               "thought_logp": thought_logp, "action_logp": action_logp}
+    return rollout, metrics, transcript
+
+
+def _encode(run, states):
+    """Prompts of [(game number, picture, info)]."""
+    texts = [make_prompt(run.games[i], info, run.settings.cot) for i, _, info in states]
+    return run.policy.encode([picture for _, picture, _ in states], texts)
+
+
+def _values(run, prompts):
+    size = run.settings.micro_batch
+    return torch.cat([run.policy.value(prompts[k:k + size]).cpu() for k in range(0, len(prompts), size)])
+
+
+def _mean(numbers):
+    return float(np.mean(numbers)) if len(numbers) else None
+
+
+def make_policy(settings):
+    """Load the model, fill in the settings that hang on its size, put the adapters on; settings are changed."""
+    model, processor, settings.model, adapters = open_model(settings.model, settings.bits)
+    size = "small" if model.config.text_config.hidden_size < 1024 else "large"
+    for name, value in BY_SIZE[size].items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    lora = {"rank": settings.rank, "parts": settings.lora_on} if adapters is None else adapter_settings(adapters)
+    settings.rank, settings.lora_on = lora["rank"], lora["parts"]
+    policy = Policy(model, processor, **lora, temperature=settings.temperature, seed=settings.seed,
+                    gradient_checkpointing=settings.gradient_checkpointing)
+    if adapters:
+        policy.load(adapters)
+    return policy
+
+
+def train(settings, policy, folder, checkpoint=None):
+    """Run from the beginning, or on from a checkpoint folder; return the held-out result at the end (or None)."""
+    run = Run(settings, policy)
+    if checkpoint:
+        run.load(checkpoint)
+    for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl"):
+        _keep_lines(folder / name, run.update)
+    if run.update == 0:
+        if settings.eval_episodes:
+            report("start", held_out(run, folder / "eval_start.json"))
+        run.save(folder)
+    total = settings.updates() * settings.rollout
+    with tqdm(total=total, initial=run.update * settings.rollout, unit="step", desc=settings.task,
+              disable=None) as bar:
+        while run.update < settings.updates():
+            begun = time.perf_counter()
+            lr = learning_rate(run.update, settings)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            rollout, metrics, transcript = collect(run, bar.update)
+            collected = time.perf_counter()
+            metrics |= ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)
+            run.update += 1
+            head = {"update": run.update, "env_steps": run.update * settings.rollout, "lr": lr}
+            _append(folder / "metrics.jsonl", head | metrics)
+            _append(folder / "transcripts.jsonl", head | transcript)
+            _append(folder / "timing.jsonl", {"update": run.update, "rollout_s": round(collected - begun, 2),
+                                              "update_s": round(time.perf_counter() - collected, 2)})
+            if run.update % settings.save_every == 0 or run.update == settings.updates():
+                run.save(folder)
+                draw_curve(folder)
+            bar.write(f"{head['env_steps']:6d}  {transcript['text']}  → {transcript['action']}"
+                      f"{'' if transcript['named'] else ' (drawn at random)'}, reward {transcript['reward']:g}")
+            bar.set_postfix({key: f"{metrics[key]:.3f}" for key in ("success", "return_mean", "parse_rate")
+                             if metrics[key] is not None})
+    if settings.eval_episodes:
+        result = held_out(run, folder / "eval.json")
+        report("end", result)
+        return result
+    return None
+
+
+def held_out(run, path):
+    """Evaluate the present policy on held-out deals, with the run's own temperature, and write the result."""
+    settings = run.settings
+    player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens)
+    result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.envs)
+    path.write_text(json.dumps(result) + "\n")
+    return result
+
+
+def report(when, result):
+    print(f"{when}: success {result['success']:.1%} ({result['success_low']:.1%} to {result['success_high']:.1%} on "
+          f"{result['episodes']} held-out games), return {result['return_mean']:.3f}, answers parsed "
+          f"{result['parse_rate']:.1%}, pictures read right {result['reading_rate']:.1%}, "
+          f"as the expert {result['expert_agreement']:.1%}")
+
+
+def draw_curve(folder):
+    """Redraw curve.png: success, return and reading rate over environment steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for key in ("success", "parse_rate", "reading_rate"):
+        axes.plot([row["env_steps"] for row in rows], [row[key] for row in rows], label=key.replace("_", " "))
+    axes.set(xlabel="environment steps", ylabel="share", ylim=(0, 1.02), title=folder.name)
+    axes.legend()
+    figure.savefig(folder / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+def _append(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _keep_lines(path, count):
+    """Cut a file back to its first `count` lines: what came after the checkpoint is played again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)[:count]
+        part = path.with_suffix(".part")
+        part.write_text("".join(lines))
+        os.replace(part, path)
+
+
+def main(arguments=None):
+    settings, resume = read_settings(__doc__, arguments)
+    folder = Path(settings.out)
+    try:
+        policy = make_policy(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "config.part"
+        part.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+        os.replace(part, folder / "config.json")
+        print(f"run folder: {folder}; stop it when you like and go on with: "
+              f"python train.py --task {settings.task} --out {folder} --resume")
+        train(settings, policy, folder, last_checkpoint(folder) if resume else None)
+    except (ModelError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(f"train.py: out of GPU memory; the last checkpoint is intact. Lower --micro-batch (now "
+                 f"{settings.micro_batch}) or use --bits 4. {error}")
+
+
+if __name__ == "__main__":
+    main()
