@@ -93,11 +93,12 @@ def wilson(successes, trials, z=1.96):
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def evaluate(player, task, episodes, seed, envs=64, watch=None):
+def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
     """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (see README, "Evaluation").
 
-    envs games run side by side; watch(picture, text, action, episode) is called at every step, and at an episode's
-    last picture with text and action None.
+    envs games run side by side; cot=False: there are no thoughts to check (reading_rate is None);
+    watch(picture, text, action, episode) is called at every step, and at an episode's last picture with text and
+    action None.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
@@ -116,7 +117,8 @@ def evaluate(player, task, episodes, seed, envs=64, watch=None):
             agreed.append(action == expert_action(task, info))
             if text is not None:
                 named.append(by_name)
-                read.append(reads_right(task, text, info))
+                if cot:
+                    read.append(reads_right(task, text, info))
             if task == "blackjack":
                 hits.setdefault(info["total"], []).append(action == "hit")
             if watch:
@@ -202,7 +204,7 @@ def open_start(model, bits, temperature):
     return policy, name
 
 
-def main(arguments=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=GAMES)
     who = parser.add_mutually_exclusive_group(required=True)
@@ -219,7 +221,11 @@ def main(arguments=None):
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments=None):
+    options = make_parser().parse_args(arguments)
     try:
         cot = not options.no_cot
         if options.policy:
@@ -232,7 +238,7 @@ def main(arguments=None):
                 policy, name = open_start(options.model, options.bits, options.temperature)
             player = model_player(policy, options.seed, cot, options.max_new_tokens, options.greedy)
         film = Film() if options.render else None
-        result = evaluate(player, options.task, options.episodes, options.seed, options.envs, film)
+        result = evaluate(player, options.task, options.episodes, options.seed, options.envs, cot, film)
     except (ModelError, ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
     result = {"policy": name, **result}

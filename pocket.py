@@ -73,7 +73,8 @@ def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISI
                          num_hidden_layers=text_layers, num_attention_heads=heads, num_key_value_heads=heads,
                          max_position_embeddings=1024, sliding_window=None, pad_token_id=tokenizer.pad_token_id,
                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    config = LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    config = LlavaNextConfig(vision_config=vision, text_config=text,
+                             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
                              image_grid_pinpoints=[[SIDE, SIDE]], vision_feature_layer=-1,
                              vision_feature_select_strategy="default", tie_word_embeddings=False)
     # Transformers' 0.02 leaves so small a model at chance for thousands of steps; 0.08 starts to read at once.
@@ -109,13 +110,17 @@ def build(out, seed=0, caption_steps=500, answer_steps=1300, batch=64, lr=1e-3):
     return policy
 
 
-def main(arguments=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caption-steps", type=int, default=500)
     parser.add_argument("--answer-steps", type=int, default=1300)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments=None):
+    options = make_parser().parse_args(arguments)
     begun = time.perf_counter()
     build(options.out, options.seed, options.caption_steps, options.answer_steps)
     print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task blackjack "

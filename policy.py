@@ -244,7 +244,7 @@ class Policy(nn.Module):
         """
         ids, mask, positions, P, T = self._collate(prompts, responses)
         if self.checkpointing and torch.is_grad_enabled():
-            self.model.train()                                                    # checkpointing works in this mode only
+            self.model.train()                                                    # checkpointing needs this mode
         hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
         self.model.eval()
         value = self.value_head(hidden[:, P - 1].float()).squeeze(-1)             # (B,)

@@ -80,7 +80,7 @@ def policy_loss(logp, old_logp, advantages, clip):
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
     with torch.no_grad():
-        kl = (ratio - 1 - log_ratio).mean()         # of the λ-weighted answers; never negative (joschu.net/blog/kl-approx)
+        kl = (ratio - 1 - log_ratio).mean()         # Schulman's k3 (joschu.net/blog/kl-approx), of λ-weighted answers
         clipped = ((ratio - 1).abs() > clip).float().mean()
     return loss, kl, clipped
 
@@ -106,7 +106,7 @@ def by_length(prompts, responses, size, indices=None):
 
 @torch.no_grad()
 def score_rollout(policy, rollout, settings):
-    """Fill old_logp and old_values by `policy.logprobs`; return the mean (thought, action) log-probability an answer."""
+    """Fill old_logp and old_values by `policy.logprobs`; return an answer's mean (thought, action) log-probability."""
     S = len(rollout.responses)
     rollout.old_logp, rollout.old_values = torch.zeros(S), torch.zeros(S)
     sums = torch.zeros(2)

@@ -54,8 +54,8 @@ def learning_rate(update, settings):
     return settings.lr_end + (settings.lr - settings.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def read_settings(description, arguments=None):
-    """Return (settings, resume): from the command line, or from the config.json of the run to resume."""
+def make_parser(description=None):
+    """The command line of train.py; what is not given is not in the result."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     add = parser.add_argument
@@ -83,6 +83,12 @@ def read_settings(description, arguments=None):
     add("--micro-batch", type=int, help="answers a forward pass: lower it when memory runs out [64 pocket, 4 else]")
     add("--save-every", type=int, help="updates a checkpoint [1]")
     add("--eval-episodes", type=int, help="held-out games before and after; 0 for none [1000]")
+    return parser
+
+
+def read_settings(description, arguments=None):
+    """Return (settings, resume): from the command line, or from the config.json of the run to resume."""
+    parser = make_parser(description)
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", False)
     if "out" not in given and "task" in given:

@@ -33,10 +33,11 @@ class Demonstration:
     answer: str             # v_out
 
 
-def demonstrations(task, seed, label_noise=0.0, cot=True):
+def demonstrations(task, seed, label_noise=0.0, cot=True, shown=0.3):
     """Yield Demonstrations of a task for ever, from the expert's play.
 
     label_noise: share of labels that are uniform over the legal actions; the thoughts end in the label, right or not.
+    shown: share of the states that are yielded, so that neighbours in a batch come from different deals.
     Half of the games go on with the expert's action and half with the label's, so that both the good path and what
     comes after a mistake are seen. Points24 deals are always solvable, as in the paper's data.
     """
@@ -49,8 +50,9 @@ def demonstrations(task, seed, label_noise=0.0, cot=True):
         best = label = expert_action(task, info)
         if generator.random() < label_noise:
             label = legal[generator.integers(len(legal))]
-        yield Demonstration(picture, make_prompt(game, info, cot),
-                            make_answer(label, thoughts(task, info, label) if cot else None))
+        if generator.random() < shown:
+            yield Demonstration(picture, make_prompt(game, info, cot),
+                                make_answer(label, thoughts(task, info, label) if cot else None))
         picture, _, terminated, truncated, info = game.step(legal.index(label if follow_label else best))
         if terminated or truncated:
             picture, info = game.reset()
@@ -105,7 +107,7 @@ def finetune(policy, batches, steps, lr, warmup=30, micro_batch=32, title="sft")
     return losses
 
 
-def main(arguments=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=GAMES)
     parser.add_argument("--model", default="auto", help="auto, pocket, a hub name or a folder")
@@ -120,6 +122,11 @@ def main(arguments=None):
     parser.add_argument("--micro-batch", type=int, default=None, help="answers a forward pass [32 pocket, 4 else]")
     parser.add_argument("--lr", type=float, default=None, help="[5e-4 pocket, 2e-5 else, the paper's]")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(arguments=None):
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if not 0 <= options.label_noise <= 1:
         parser.error("--label-noise is a share, 0 to 1")

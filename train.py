@@ -102,7 +102,8 @@ def collect(run, progress=lambda steps: None):
         cut = []
         for i, (game, (index, text, by_name, _)) in enumerate(zip(games, choices)):
             named.append(by_name)
-            read.append(reads_right(settings.task, text, infos[i]))
+            if settings.cot:
+                read.append(reads_right(settings.task, text, infos[i]))
             picture, rewards[t, i], done, out_of_time, info = game.step(index)
             terminated[t, i], truncated[t, i] = done, out_of_time
             if out_of_time:
@@ -213,16 +214,17 @@ def held_out(run, path):
     """Evaluate the present policy on held-out deals, with the run's own temperature, and write the result."""
     settings = run.settings
     player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens)
-    result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.envs)
+    result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.envs,
+                      settings.cot)
     path.write_text(json.dumps(result) + "\n")
     return result
 
 
 def report(when, result):
+    reading = "" if result["reading_rate"] is None else f"pictures read right {result['reading_rate']:.1%}, "
     print(f"{when}: success {result['success']:.1%} ({result['success_low']:.1%} to {result['success_high']:.1%} on "
           f"{result['episodes']} held-out games), return {result['return_mean']:.3f}, answers parsed "
-          f"{result['parse_rate']:.1%}, pictures read right {result['reading_rate']:.1%}, "
-          f"as the expert {result['expert_agreement']:.1%}")
+          f"{result['parse_rate']:.1%}, {reading}as the expert {result['expert_agreement']:.1%}")
 
 
 def draw_curve(folder):
@@ -233,7 +235,9 @@ def draw_curve(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for key in ("success", "parse_rate", "reading_rate"):
-        axes.plot([row["env_steps"] for row in rows], [row[key] for row in rows], label=key.replace("_", " "))
+        points = [(row["env_steps"], row[key]) for row in rows if row[key] is not None]
+        if points:
+            axes.plot(*zip(*points), label=key.replace("_", " "))
     axes.set(xlabel="environment steps", ylabel="share", ylim=(0, 1.02), title=folder.name)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)

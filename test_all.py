@@ -1,0 +1,1051 @@
+"""Every claim of this repository against something independent, in the order that the data flows. A CPU, no network.
+
+    pytest test_all.py
+"""
+
+import ast
+import copy
+import dataclasses
+import doctest
+import importlib
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, strategies
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import draw
+import eval as evaluation
+import expert
+import lora
+import parse
+import pocket
+import policy as policy_module
+import ppo
+import settings as run_settings
+import sft
+import train
+from env import GAMES
+from formula import evaluate, solutions
+from policy import POCKET, ModelError, Policy, load_model
+
+HERE = Path(__file__).parent
+MODULES = ["draw", "formula", "env", "parse", "expert", "lora", "policy", "ppo", "sft", "pocket", "eval", "settings",
+           "train"]
+
+
+# ---- what all of it rests on -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    assert doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch}).failed == 0
+
+
+def test_layers_import_none_of_each_other():
+    for name in ("env", "parse", "policy", "ppo"):
+        imported = set(re.findall(r"^(?:from|import) (\w+)", (HERE / f"{name}.py").read_text(), re.M))
+        assert not imported & ({"env", "parse", "policy", "ppo", "sft", "eval", "train", "pocket"} - {name}), name
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """(model, processor) of the repository's own checkpoint, fp32."""
+    return load_model(str(POCKET), bits=32)
+
+
+@pytest.fixture
+def agent(shipped):
+    """A fresh Policy on a copy of the shipped model, with LoRA of rank 8."""
+    return Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, shipped):
+    """A checkpoint folder of a small random model, with the shipped processor: loading code runs on it for real."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pocket.make_model(shipped[1], seed=7, hidden=64, heads=2, vision_layers=1, text_layers=1).save_pretrained(folder)
+    shipped[1].save_pretrained(folder)
+    return folder
+
+
+def states_of(task, count, seed=0):
+    """count (game, picture, info) met by random play."""
+    generator, game, found = np.random.default_rng(seed), GAMES[task](), []
+    picture, info = game.reset(seed=seed)
+    while len(found) < count:
+        snapshot = GAMES[task]()
+        snapshot.set_state(game.get_state())
+        found.append((snapshot, picture, info))
+        picture, _, terminated, truncated, info = game.step(int(generator.integers(len(game.legal_actions()))))
+        if terminated or truncated:
+            picture, info = game.reset()
+    return found
+
+
+def samples_of(agent, count=2, tasks=tuple(GAMES), tokens=60):
+    """(prompts, responses) of all tasks: real prompts, really sampled answers."""
+    found = [state for task in tasks for state in states_of(task, count)]
+    prompts = agent.encode([p for _, p, _ in found], [parse.make_prompt(g, i) for g, _, i in found])
+    return prompts, agent.generate(prompts, torch.Generator().manual_seed(0), tokens, parse.json_closed)
+
+
+def shake(agent, seed=0, size=0.05):
+    """Move the adapters away from zero, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in agent.lora.values():
+            layer.lora_B.normal_(std=size, generator=generator)
+
+
+# ---- env.py --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("game", GAMES.values())
+def test_gymnasium_finds_nothing_to_warn_of(game):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gymnasium.make(f"cards/{game.__name__}-v0", render_mode="rgb_array").unwrapped)
+
+
+def test_a_seed_deals_the_same_everywhere():
+    dealt = {task: [GAMES[task]().reset(seed=seed)[1] for seed in (0, 1)] for task in GAMES}
+    assert [(i["target"], i["current"]) for i in dealt["numberline"]] == GOLDEN["numberline"]
+    assert [" ".join(i["cards"]) for i in dealt["ezpoints"]] == GOLDEN["ezpoints"]
+    assert [" ".join(i["cards"]) for i in dealt["points24"]] == GOLDEN["points24"]
+    assert [" ".join([i["dealer"], *i["hand"]]) for i in dealt["blackjack"]] == GOLDEN["blackjack"]
+
+
+GOLDEN = {"numberline": [(5, 0), (2, 5)], "ezpoints": ["2 Q", "2 6"],
+          "points24": ["Q 9 7 4", "7 7 10 K"], "blackjack": ["Q 7 4", "7 10 K"]}
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_a_seed_fixes_the_game_and_only_the_game(task):
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    def play(seed):
+        trace = [(p.tobytes(), json.dumps(i)) for _, p, i in states_of(task, 30, seed)]
+        return trace
+
+    assert play(5) == play(5)
+    assert play(5) != play(6)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_a_saved_state_continues_exactly(task):
+    game, twin = GAMES[task](), GAMES[task]()
+    game.reset(seed=11)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        twin.set_state(json.loads(json.dumps(game.get_state())))
+        action = int(generator.integers(len(game.legal_actions())))
+        (p1, *rest1), (p2, *rest2) = game.step(action), twin.step(action)
+        assert np.array_equal(p1, p2) and rest1 == rest2
+        if game.over:
+            (p1, i1), (p2, i2) = game.reset(), twin.reset()
+            assert np.array_equal(p1, p2) and i1 == i2
+
+
+def test_games_refuse_what_makes_no_sense():
+    game = GAMES["blackjack"]()
+    with pytest.raises(RuntimeError, match="reset"):
+        game.step(0)
+    with pytest.raises(RuntimeError, match="reset"):
+        game.get_state()
+    game.reset(seed=0)
+    with pytest.raises(ValueError, match="stand.*hit"):
+        game.step(2)
+    with pytest.raises(ValueError, match="not a state"):
+        game.set_state({"game": "Points24"})
+    with pytest.raises(ValueError, match="rgb_array"):
+        GAMES["blackjack"](render_mode="human")
+    with pytest.raises(ValueError, match="choose another target"):
+        GAMES["ezpoints"](target=1000).reset(seed=0)
+
+
+def test_info_is_a_copy():
+    game = GAMES["points24"]()
+    _, info = game.reset(seed=0)
+    info["formula"].append("+")
+    info["cards"].clear()
+    assert game.formula == [] and len(game.observe()[1]["cards"]) == 4
+
+
+def play(task, actions, **state):
+    """Step a game through actions' texts from a given state; return the game, [(reward, ended)] and the last info."""
+    game = GAMES[task]()
+    game.reset(seed=0)
+    for name, value in state.items():
+        setattr(game, name, value)
+    steps = []
+    for action in actions:
+        _, reward, terminated, truncated, info = game.step(game.actions.index(action))
+        steps.append((reward, "t" if terminated else "x" if truncated else ""))
+    return game, steps, info
+
+
+def test_numberline_by_hand():
+    _, steps, info = play("numberline", "-++", target=2, current=0)
+    assert steps == [(-1, ""), (0, ""), (1, "t")] and info["is_success"] is False        # −1 + 1 is no success
+    _, steps, info = play("numberline", "--", target=3, current=5)
+    assert steps == [(0, ""), (1, "t")] and info["is_success"] is True
+    _, steps, _ = play("numberline", "-" * 10, target=3, current=1)
+    assert steps == [(-1, "")] * 9 + [(-1, "x")]                                          # truncated, not terminated
+
+
+def test_numberline_draws_its_thirty_deals_uniformly_and_random_play_wins_27_percent():
+    game, counts = GAMES["numberline"](), Counter()
+    game.reset(seed=0)
+    for _ in range(6000):
+        game.reset()
+        counts[game.target, game.current] += 1
+    assert len(counts) == 30 and sum((n - 200) ** 2 / 200 for n in counts.values()) < 58      # χ², 29 df, p = 0.001
+
+    def success(target, current, total=0.0, depth=0):
+        """Exact chance that uniform play ends with a return above 0: only an unbroken walk to the target does."""
+        chance = 0.0
+        for action in "-+":
+            _, [(reward, end)], info = play("numberline", action, target=target, current=current)
+            if reward >= 0:
+                chance += 0.5 * (1.0 if end else success(target, info["current"]))
+        return chance
+
+    assert np.mean([success(*pair) for pair in counts]) == pytest.approx(0.269, abs=5e-4)
+
+
+def cards(*ranks):
+    return [4 * draw.RANKS.index(rank) for rank in ranks]
+
+
+def test_formula_games_by_hand():
+    _, steps, info = play("ezpoints", ["2", "+", "10", "="], cards=cards("2", "K"))
+    assert steps == [(0, ""), (0, ""), (0, ""), (10, "t")] and info["is_success"]
+    game, steps, info = play("ezpoints", ["3", "2", "+", "+", "="], cards=cards("2", "K"))
+    assert [r for r, _ in steps] == [-1, 0, 0, 0, -1] and game.formula == ["2", "+", "+"] and not info["is_success"]
+    _, steps, _ = play("ezpoints", ["2", "+", "+", "+", "+"], cards=cards("2", "K"))
+    assert steps[-1] == (0, "x")                                                            # five steps: truncated
+    _, steps, _ = play("points24", list("8/(3-8/3)="), cards=cards("3", "3", "8", "8"))
+    assert steps[-1] == (10, "t")                                                           # exact, no float ==
+    _, steps, _ = play("points24", list("24*1*1="), cards=cards("2", "4", "A", "A"))
+    assert steps[-1] == (-1, "t")                                                           # 2, 4 is not 24
+    _, steps, _ = play("points24", list("8*3="), cards=cards("3", "3", "8", "8"))
+    assert steps[-1] == (-1, "t")                                                           # not every card used
+    _, steps, _ = play("points24", list("8/(3-3)="), cards=cards("3", "3", "8", "8"))
+    assert steps[-1] == (-1, "t")                                                           # division by zero
+    _, steps, _ = play("points24", ["("] * 20, cards=cards("3", "3", "8", "8"))
+    assert steps[-1] == (0, "x") and steps[-2] == (0, "")
+    wide = GAMES["points24"](face_cards_as_10=False)
+    assert "13" in wide.actions and wide.reset(seed=0)[1]["numbers"]
+
+
+@given(strategies.lists(strategies.sampled_from(["1", "2", "3", "10", "+", "-", "*", "/", "(", ")"]), max_size=9))
+def test_formulas_agree_with_pythons_own_arithmetic(tokens):
+    """Where Python's parser takes the text as arithmetic on whole tokens, the value is Python's; else None."""
+    try:
+        expected = _python_value(ast.parse("".join(f" {token} " for token in tokens).strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        expected = None
+    assert evaluate(tokens) == expected
+
+
+def _python_value(node):
+    """The Fraction that a syntax tree of Python's own parser is worth; ValueError for all but + - * / on numbers."""
+    operations = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in operations:
+        return operations[type(node.op)](_python_value(node.left), _python_value(node.right))
+    raise ValueError(node)
+
+
+def reachable(numbers):
+    """All values of any formula on the numbers, by merging two at a time: another road than formula.solutions."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    values = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        for merged in {a + b, a - b, a * b} | ({a / b} if b else set()):
+            values |= reachable([*rest, merged])
+    return values
+
+
+def test_solver_and_the_share_of_solvable_deals():
+    picked = random.Random(0).sample(list(itertools.combinations_with_replacement(range(1, 11), 4)), 25)
+    for numbers in picked:
+        found = solutions(numbers, 24)
+        assert bool(found) == (24 in reachable([Fraction(n) for n in numbers])), numbers
+        assert all(evaluate(tokens) == 24 for tokens in found)
+    # ranks with replacement, J Q K count 10: a multiset's weight is its number of orders times 4 for each ten
+    solvable = 0
+    for numbers in itertools.combinations_with_replacement(range(1, 11), 4):
+        orders = math.factorial(4)
+        for count in Counter(numbers).values():
+            orders //= math.factorial(count)
+        solvable += orders * 4 ** numbers.count(10) * bool(solutions(numbers, 24))
+    assert solvable / 13**4 == pytest.approx(0.7309, abs=5e-5)
+
+
+@pytest.mark.parametrize("natural, sab", [(False, False), (True, False), (False, True)])
+def test_blackjack_is_gymnasiums(natural, sab):
+    """The same cards and the same actions give the same observations and rewards as Gymnasium's Blackjack-v1."""
+    theirs = gymnasium.make("Blackjack-v1", natural=natural, sab=sab).unwrapped
+    generator = np.random.default_rng(1)
+    rewards = Counter()
+    for _ in range(1500):
+        deck = [int(c) for c in generator.integers(52, size=30)]
+        if generator.random() < 0.3:
+            deck[2:4] = cards("A", "K")                                 # naturals are rare: deal some
+        mine = GAMES["blackjack"](natural=natural, sab=sab)
+        supply, theirs_supply = iter(deck), iter(min(c // 4 + 1, 10) for c in deck)
+        mine._card = lambda supply=supply: next(supply)
+        mine.reset(seed=0)
+        theirs.reset(seed=0)
+        theirs.dealer = [next(theirs_supply), next(theirs_supply)]
+        theirs.player = [next(theirs_supply), next(theirs_supply)]
+        theirs._np_random = SimpleNamespace(choice=lambda _, supply=theirs_supply: next(supply))
+        while not mine.over:
+            info, seen = mine.observe()[1], tuple(map(int, theirs._get_obs()))
+            assert (info["total"], expert.card_value(info["dealer"]), info["usable_ace"]) == seen
+            action = int(generator.integers(2))
+            _, reward, ended, _, _ = mine.step(action)
+            _, their_reward, their_end, _, _ = theirs.step(action)
+            assert (reward, ended) == (their_reward, their_end)
+        rewards[reward] += 1
+    assert set(rewards) == ({-1, 0, 1, 1.5} if natural else {-1, 0, 1})
+
+
+def test_blackjack_hides_the_hole_card():
+    game, twin = GAMES["blackjack"](), GAMES["blackjack"]()
+    game.reset(seed=4)
+    twin.set_state(game.get_state())
+    twin.dealer[1] = (game.dealer[1] + 17) % 52
+    assert np.array_equal(game.render(), twin.render())
+    assert game.observe()[1] == twin.observe()[1]
+    assert parse.make_prompt(game, game.observe()[1]) == parse.make_prompt(twin, twin.observe()[1])
+    game.step(0)
+    assert not np.array_equal(game.render(), twin.render())             # turned up once the game is over
+
+
+def test_every_rank_looks_different_even_where_a_fan_covers_it():
+    """The strip that a fanned card shows differs by rank, also at the pocket model's 120 pixels."""
+    shrink = 120 / draw.SIZE
+    for suit in draw.SUITS:
+        strips = [draw.Image.fromarray(draw.card(rank, suit)[:36, :34]).resize((round(34 * shrink), round(36 * shrink)))
+                  for rank in draw.RANKS]
+        for a, b in itertools.combinations(strips, 2):
+            assert np.abs(np.asarray(a, float) - np.asarray(b, float)).max() > 60
+
+
+# ---- parse.py ------------------------------------------------------------------------------------------------------
+ANSWERS = [
+    ('{"thoughts": "x", "action": "hit"}', ("stand", "hit"), "hit"),
+    ('{"ACTION" :  " Hit "}', ("stand", "hit"), "hit"),
+    ('{"action": "10"}', ("1", "10"), "10"),
+    ('{"action": "10"}', ("1", "2"), None),                                     # 10 is not 1
+    ('{"action": "cabinet 12"}', ("cabinet 1", "cabinet 12"), "cabinet 12"),
+    ('{"action": "cabinet 12"}', ("cabinet 1",), None),
+    ('{"action": "hit"} {"action": "stand"}', ("stand", "hit"), "hit"),         # the first match counts
+    ('{"action": "fly", "action": "hit"}', ("stand", "hit"), "hit"),            # ... among the legal ones
+    ('{"action": hit}', ("stand", "hit"), None),
+    ('{"action": "hit', ("stand", "hit"), None),
+    ('{\\"action\\": \\"hit\\"}', ("stand", "hit"), None),                      # quoted inside a string
+    ("hit", ("stand", "hit"), None), ("", ("stand", "hit"), None), ('{"action": "+"}', ("+", "-"), "+"),
+]
+
+
+@pytest.mark.parametrize("text, actions, expected", ANSWERS)
+def test_parse_table(text, actions, expected):
+    action, start = parse.parse(text, actions)
+    assert action == expected
+    assert 0 <= start <= len(text) and (expected is None or text[start] == '"')
+
+
+@given(strategies.text(alphabet='{}"\\: actionhit10,\n', max_size=60) | strategies.text(max_size=40))
+def test_parse_takes_any_text(text):
+    action, start = parse.parse(text, ("1", "10", "hit"))
+    assert action in ("1", "10", "hit", None) and 0 <= start <= len(text)
+    if action:
+        assert f'"{action}"' in re.sub(r'"\s*([^"]*?)\s*"', r'"\1"', text.lower())
+    assert parse.json_closed(text) in (True, False)
+
+
+@given(strategies.dictionaries(strategies.text(max_size=8), strategies.text(max_size=8), min_size=1, max_size=3))
+def test_json_closes_where_pythons_json_does(value):
+    text = json.dumps(value)
+    assert parse.json_closed(text) and not any(parse.json_closed(text[:k]) for k in range(len(text)))
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_prompt_and_demonstration_keep_the_contract(task):
+    for game, _, info in states_of(task, 25):
+        prompt, short = parse.make_prompt(game, info), parse.make_prompt(game, info, cot=False)
+        assert game.description in prompt and game.state_text(info) in prompt and '"thoughts"' not in short
+        assert all(action in prompt.split("Actions:")[1].split("\n")[0].split() for action in game.legal_actions())
+        for action in game.legal_actions():
+            text = parse.make_answer(action, expert.thoughts(task, info, action))
+            assert json.loads(text)["action"] == action and expert.reads_right(task, text, info)
+            named, start = parse.parse(text, game.legal_actions())
+            assert named == action and text[start:].startswith('"action"') and parse.json_closed(text)
+    prompts = {parse.make_prompt(game, info) for game, _, info in states_of(task, 25)}
+    assert len(prompts) > 1 if task in ("ezpoints", "points24") else len(prompts) == 1     # the formula is in it
+
+
+def test_fallback_is_uniform_over_the_legal_actions_and_counted():
+    generator = np.random.default_rng(0)
+    picks = [parse.choose("no idea", ("a", "b", "c"), generator) for _ in range(3000)]
+    assert not any(named for _, named, _ in picks)
+    assert sum((n - 1000) ** 2 / 1000 for n in Counter(i for i, _, _ in picks).values()) < 13.8   # χ², 2 df, 0.001
+    state = generator.bit_generator.state
+    assert parse.choose('{"action": "b"}', ("a", "b"), generator)[:2] == (1, True)
+    assert generator.bit_generator.state == state                      # a named action costs no randomness
+
+
+# ---- expert.py, sft.py ---------------------------------------------------------------------------------------------
+def test_blackjack_values_are_the_exact_ones():
+    value = expert.blackjack_value_of_game
+    assert value("win", lambda *_: 0.5) == pytest.approx(0.2806, abs=5e-5)
+    assert value("win", lambda *_: 0.0) == pytest.approx(0.3807, abs=5e-5)
+    assert value("win", lambda total, *_: float(total < 12)) == pytest.approx(0.4129, abs=5e-5)
+    assert value("win") == pytest.approx(0.4316, abs=5e-5)
+    assert value("return") == pytest.approx(-0.0466, abs=5e-5)
+
+
+@pytest.mark.parametrize("task, expected, games", [
+    ("numberline", 1.0, 60), ("ezpoints", 1.0, 200), ("points24", 0.7309, 1500), ("blackjack", 0.4316, 12_000)])
+def test_experts_reach_their_exact_values_in_play(task, expected, games):
+    result = evaluation.evaluate(evaluation.scripted_player("expert", task, 0), task, games, seed=0)
+    tolerance = 3.3 * math.sqrt(expected * (1 - expected) / games)
+    assert result["success"] == pytest.approx(expected, abs=tolerance + 1e-12)
+    assert result["expert_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_demonstrations_are_seeded_and_as_noisy_as_asked(task):
+    take = lambda seed, noise: list(itertools.islice(sft.demonstrations(task, seed, noise), 300))
+    a, b, c = take(1, 0.5), take(1, 0.5), take(2, 0.5)
+    assert [(d.prompt, d.answer) for d in a] == [(d.prompt, d.answer) for d in b] != [(d.prompt, d.answer) for d in c]
+    assert all(np.array_equal(x.picture, y.picture) for x, y in zip(a, b))
+    actions = GAMES[task]().actions
+    labels = Counter(parse.parse(d.answer, actions)[0] for d in take(3, 1.0))
+    assert sum((labels[x] - 300 / len(actions)) ** 2 / (300 / len(actions)) for x in actions) < 3 * len(actions) + 10
+
+
+# ---- policy.py, lora.py ----------------------------------------------------------------------------------------------
+def test_lora_is_the_dense_product_and_starts_as_identity():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.nn.Linear(24, 40)
+    layer = lora.LoRALinear(base, rank=4, alpha=12, generator=generator)
+    x = torch.randn(5, 24, generator=generator)
+    assert torch.equal(layer(x), base(x))
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=generator)
+    dense = base.weight + 12 / 4 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer(x), x @ dense.T + base.bias)
+
+
+def test_only_adapters_and_value_head_learn(shipped):
+    for parts in itertools.chain.from_iterable(itertools.combinations(lora.PARTS, n) for n in (1, 2, 3)):
+        agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, parts=parts)
+        shake(agent)
+        logp, _, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
+        (logp.sum() + value.sum()).backward()
+        with_gradient = {name for name, p in agent.named_parameters() if p.grad is not None}
+        wanted = {f"model.{path}.lora_{m}" for path in agent.lora for m in "AB"}
+        wanted |= {name for name, _ in agent.named_parameters() if name.startswith("value_head")}
+        assert with_gradient == wanted == {name for name, _ in agent.trainable()}
+        adapted = {part for part, prefix in lora.PARTS.items() if any(p.startswith(prefix) for p in agent.lora)}
+        assert adapted == set(parts)
+
+
+def test_pixels_are_the_processors_base_view(agent):
+    pictures = [picture for _, picture, _ in states_of("blackjack", 3)]
+    theirs = agent.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"][:, 0]
+    torch.testing.assert_close(agent._pixels(pictures), theirs, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_logprobs_are_hugging_faces_cross_entropy(agent, task):
+    """λ = 1 equals the loss that transformers computes itself, on features that transformers made of the picture."""
+    shake(agent)
+    prompts, responses = samples_of(agent, 3, (task,))
+    logp, mask, _ = agent.logprobs(prompts, responses)
+    agent.forbidden[:] = False                                          # transformers' softmax knows no forbidden ids
+    free, _, _ = agent.logprobs(prompts, responses)
+    assert (logp >= free - 1e-5).all()                                  # what is forbidden was shared out
+    pictures = [picture for _, picture, _ in states_of(task, 3)]
+    for row, (prompt, response, picture) in enumerate(zip(prompts, responses, pictures)):
+        inputs = agent.processor.image_processor(images=[picture], return_tensors="pt")
+        features = agent.model.get_image_features(**inputs).pooler_output[0][:agent.image_tokens]
+        ids = torch.tensor([prompt.ids + response])
+        labels = ids.clone()
+        labels[:, :len(prompt.ids)] = -100
+        output = SimpleNamespace(pooler_output=[features])
+        loss = agent.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels,
+                           mm_encoder_outputs={"image": output}).loss
+        assert mask[row].sum() == len(response)                         # every sampled token once
+        torch.testing.assert_close(-free[row].sum() / len(response), loss, atol=2e-5, rtol=1e-5)
+
+
+def test_batched_is_one_by_one(agent):
+    """Prompts and answers of all games, of many lengths, in one batch or alone: the same numbers."""
+    shake(agent)
+    prompts, responses = samples_of(agent, 2)
+    responses[0], responses[3] = responses[0][:1], responses[3][:7]
+    logp, mask, value = agent.logprobs(prompts, responses)
+    torch.testing.assert_close(agent.value(prompts), value, atol=2e-5, rtol=1e-5)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        one, one_mask, one_value = agent.logprobs([prompt], [response])
+        assert one.shape == (1, len(response)) and mask[row].sum() == one_mask.sum() == len(response)
+        torch.testing.assert_close(logp[row, :len(response)], one[0], atol=2e-5, rtol=1e-5)
+        assert (logp[row, len(response):] == 0).all()
+        torch.testing.assert_close(value[row], one_value[0], atol=2e-5, rtol=1e-5)
+
+
+def test_value_cannot_see_the_answer(agent):
+    shake(agent)
+    prompts, responses = samples_of(agent, 1, ("blackjack",))
+    other = [[token for token in reversed(response)] for response in responses]
+    torch.testing.assert_close(agent.logprobs(prompts, responses)[2], agent.logprobs(prompts, other)[2])
+
+
+def test_sampling_is_from_the_scored_distribution(tiny):
+    """4,000 draws from a random 500-token model: frequencies follow exp(logp), far more than 50 tokens turn up, the
+    forbidden ones never."""
+    model, processor = load_model(str(tiny))
+    agent = Policy(model, processor, parts=(), temperature=1.7)
+    _, picture, info = states_of("numberline", 1)[0]
+    [prompt] = agent.encode([picture], ["Hello"])
+    draws = Counter(r[0] for _ in range(4) for r in agent.generate(
+        [prompt] * 1000, torch.Generator().manual_seed(_), max_new_tokens=1))
+    size = len(processor.tokenizer)
+    with torch.no_grad():
+        logp = torch.cat([agent.logprobs([prompt] * 100, [[t] for t in range(k, min(k + 100, size))] + [[0]] * max(
+            0, k + 100 - size))[0][:, 0] for k in range(0, size, 100)])[:size]
+    chances = logp.double().exp()
+    assert chances.sum().item() == pytest.approx(1, abs=1e-5)
+    likely = [t for t in range(size) if chances[t] * 4000 >= 5]
+    chi2 = sum((draws[t] - 4000 * chances[t].item()) ** 2 / (4000 * chances[t].item()) for t in likely)
+    assert chi2 < len(likely) + 4 * math.sqrt(2 * len(likely)) and len(draws) > 100
+    tokenizer = processor.tokenizer
+    banned = {tokenizer.pad_token_id, tokenizer.bos_token_id, model.config.image_token_id}
+    assert len(banned) == 3 and not banned & set(draws) and all(chances[t] == 0 for t in banned)
+    assert chances[tokenizer.eos_token_id] > 0
+
+
+def test_generation_stops_and_keeps_what_was_sampled(agent):
+    found = states_of("blackjack", 8)
+    prompts = agent.encode([p for _, p, _ in found], [parse.make_prompt(g, i) for g, _, i in found])
+    greedy = agent.generate(prompts, None, 60, parse.json_closed, greedy=True)
+    for prompt, response in zip(prompts, greedy):
+        text = agent.decode(response)
+        assert parse.json_closed(text) and not parse.json_closed(agent.decode(response[:-1]))
+        # the cached decoding took the very arg max of the scoring pass
+        alternatives = agent.generate([prompt], None, 60, parse.json_closed, greedy=True)[0]
+        assert alternatives == response
+        logp = agent.logprobs([prompt], [response])[0][0]
+        other = agent.logprobs([prompt], [response[:2] + [response[3]] + response[3:]])[0][0]
+        assert logp[2] >= other[2]
+    same = [agent.generate(prompts, torch.Generator().manual_seed(s), 60, parse.json_closed) for s in (1, 1, 2)]
+    assert same[0] == same[1] != same[2]
+    assert all(len(r) == 3 for r in agent.generate(prompts, torch.Generator().manual_seed(0), 3, parse.json_closed))
+    eos = agent.tokenizer.eos_token_id
+    without_stop = agent.generate(prompts, torch.Generator().manual_seed(0), 60)
+    assert all(r[-1] == eos and r.count(eos) == 1 for r in without_stop if len(r) < 60)
+    assert any(len(r) < 60 for r in without_stop)                       # EOS was drawn, ended the answer, was kept
+
+
+def three_tokenizers():
+    """Byte-level BPE, SentencePiece-like BPE with byte fallback, and one character a token."""
+    corpus = [parse.make_answer(a, expert.thoughts("blackjack", i, a))
+              for _, _, i in states_of("blackjack", 60) for a in ("hit", "stand")]
+    bytelevel = Tokenizer(models.BPE())
+    bytelevel.pre_tokenizer, bytelevel.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bytelevel.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    pieces = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(" ", 1, 0)])
+    pieces.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", *(f"<0x{b:02X}>" for b in range(256))], show_progress=False))
+    letters = Tokenizer(models.WordLevel(unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    letters.decoder = decoders.Fuse()
+    letters.train_from_iterator(corpus, trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False))
+    return {"bytes": bytelevel, "pieces": pieces, "letters": letters}
+
+
+def test_the_action_part_is_found_with_any_tokenizer(agent):
+    texts = ['{"thoughts": "total 14. I choose hit.", "action": "hit"}', '{"action":"stand"}',
+             '{"thoughts":"I choose hit","action" : "hit"}', '{ "action": "stand"}',
+             '{"thoughts": "é 🂡", "action": "hit"}']
+    tokenizers = {**three_tokenizers(), "pocket": None}
+    for (name, tokenizer), text in itertools.product(tokenizers.items(), texts):
+        if tokenizer is None:
+            decode, ids = agent.decode, agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            decode, ids = tokenizer.decode, tokenizer.encode(text).ids
+        whole = decode(ids)
+        if name != "letters":
+            assert whole == text, name
+        action, start = parse.parse(whole, ("stand", "hit"))
+        first = Policy.action_start(SimpleNamespace(decode=decode), ids, start)
+        assert action and 0 < first < len(ids)
+        assert len(decode(ids[:first])) <= start < len(decode(ids[:first + 1]))
+    assert agent.action_start([], 0) == 0
+    ids = agent.tokenizer('nothing here', add_special_tokens=False)["input_ids"]
+    assert agent.action_start(ids, len("nothing here")) == len(ids)     # no action part: all are thoughts
+
+
+def test_the_real_four_bit_path_on_a_cpu(tiny):
+    """NF4 through transformers and bitsandbytes: loads, scores close to fp32, generates, learns."""
+    import bitsandbytes
+    model, processor = load_model(str(tiny), bits=4)
+    quantised = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert quantised and quantised[0].weight.quant_type == "nf4" and quantised[0].weight.quant_state.nested
+    agent, full = Policy(model, processor, rank=4), Policy(*load_model(str(tiny)), rank=4)
+    assert len(agent.lora) == len(full.lora) and all(
+        isinstance(layer.base, bitsandbytes.nn.Linear4bit) for layer in agent.lora.values())
+    prompts, responses = samples_of(full, 1, tokens=12)
+    with torch.no_grad():
+        a, b = agent.logprobs(prompts, responses)[0], full.logprobs(prompts, responses)[0]
+    assert 0 < (a - b).abs().mean() < 0.25                              # quantised, and not far off
+    assert agent.generate(prompts, torch.Generator().manual_seed(0), 4) != []
+    optimizer = torch.optim.Adam([p for _, p in agent.trainable()], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = -agent.logprobs(prompts, responses)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_peft_reads_our_adapters(agent, shipped, tmp_path):
+    import peft
+    shake(agent)
+    prompts, responses = samples_of(agent, 1)
+    ours, _, _ = agent.logprobs(prompts, responses)
+    agent.save(tmp_path, "pocket")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(shipped[0]), tmp_path)
+    other = Policy(theirs.get_base_model(), shipped[1], parts=())
+    torch.testing.assert_close(other.logprobs(prompts, responses)[0], ours, atol=1e-5, rtol=1e-5)
+    plain = Policy(copy.deepcopy(shipped[0]), shipped[1], parts=())
+    assert (plain.logprobs(prompts, responses)[0] - ours).abs().max() > 0.01       # the adapters do something
+    again = Policy(copy.deepcopy(shipped[0]), shipped[1], **lora.adapter_settings(tmp_path), seed=99)
+    again.load(tmp_path)
+    for mine, saved in zip(again.logprobs(prompts, responses), agent.logprobs(prompts, responses)):
+        assert torch.equal(mine, saved)
+    with pytest.raises(ValueError, match="rank"):
+        Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2).load(tmp_path)
+    with pytest.raises(ValueError, match="other layers"):
+        Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, parts=("vision",)).load(tmp_path)
+
+
+def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="Check the spelling"):
+        load_model("nobody/no-such-model")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="LLaVA"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match="4, 16 or 32"):
+        load_model(str(tiny), bits=8)
+    monkeypatch.setattr(policy_module.os, "sysconf", lambda name: 1)
+    with pytest.raises(ModelError, match="--bits 4"):
+        load_model(str(tiny))
+
+
+def test_gradient_checkpointing_changes_nothing(agent, shipped):
+    saving = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=3, gradient_checkpointing=True)
+    shake(agent), shake(saving)
+    prompts, responses = samples_of(agent, 1)
+    for one in (agent, saving):
+        logp, _, value = one.logprobs(prompts, responses)
+        (logp.sum() + value.sum()).backward()
+    for (name, a), (_, b) in zip(agent.trainable(), saving.trainable()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_scoring_is_repeatable_and_leaves_the_global_generator_alone(agent):
+    prompts, responses = samples_of(agent, 1)
+    before = torch.get_rng_state()
+    first, second = agent.logprobs(prompts, responses)[0], agent.logprobs(prompts, responses)[0]
+    agent.generate(prompts, torch.Generator().manual_seed(0), 3)
+    assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_the_shipped_model_reads_held_out_pictures(shipped, task):
+    """Tokenizer and weights belong together: a pocket model that cannot read would still parse at 100 %."""
+    agent = Policy(shipped[0], shipped[1], parts=())
+    player = evaluation.model_player(agent, seed=0, max_new_tokens=90)
+    result = evaluation.evaluate(player, task, 60, seed=777_000)
+    assert result["reading_rate"] >= 0.9 and result["parse_rate"] >= 0.95
+    assert result["success"] <= 0.55                                    # it has not been taught to play
+
+
+# ---- ppo.py --------------------------------------------------------------------------------------------------------
+def test_gae_by_hand():
+    """Three steps, γ = 0.5, gae_lambda = 0.5, all worked out on paper; the last step ends, goes on, or is cut off."""
+    r, v = torch.tensor([[1.0], [0.0], [2.0]]), torch.tensor([[0.5], [1.0], [1.5]])
+    after = torch.tensor([[1.0], [1.5], [4.0]])
+    no = torch.zeros(3, 1)
+    end = torch.tensor([[0.0], [0.0], [1.0]])
+    # terminated: δ = 1 + .5·1 − .5 = 1;  0 + .5·1.5 − 1 = −.25;  2 − 1.5 = .5
+    advantages, returns = ppo.gae(r, v, after, end, no, 0.5, 0.5)
+    assert advantages.flatten().tolist() == [1 + 0.25 * (-0.25 + 0.25 * 0.5), -0.25 + 0.25 * 0.5, 0.5]
+    assert torch.equal(returns, advantages + v)
+    # truncated: the last δ is 2 + .5·4 − 1.5 = 2.5, whatever comes after
+    assert ppo.gae(r, v, after, no, end, 0.5, 0.5)[0].flatten().tolist() == [1 + 0.25 * 0.375, 0.375, 2.5]
+    # cut in the middle: nothing of step 2 leaks into step 1, but step 1 keeps its own next value
+    cut = torch.tensor([[0.0], [1.0], [0.0]])
+    assert ppo.gae(r, v, after, no, cut, 0.5, 0.5)[0].flatten().tolist() == [1 + 0.25 * -0.25, -0.25, 2.5]
+
+
+def test_gae_is_the_discounted_sum_of_deltas():
+    generator = torch.Generator().manual_seed(0)
+    L, N, gamma, lam = 9, 5, 0.9, 0.95
+    r, v, after = torch.randn(3, L, N, generator=generator)
+    kind = torch.randint(0, 6, (L, N), generator=generator)
+    terminated, truncated = (kind == 0).float(), (kind == 1).float()
+    advantages, _ = ppo.gae(r, v, after, terminated, truncated, gamma, lam)
+    for n in range(N):
+        for t in range(L):
+            total = 0.0
+            for k in range(t, L):
+                delta = r[k, n] + gamma * after[k, n] * (1 - terminated[k, n]) - v[k, n]
+                total += (gamma * lam) ** (k - t) * delta
+                if terminated[k, n] or truncated[k, n]:
+                    break
+            assert advantages[t, n].item() == pytest.approx(float(total), abs=1e-5)
+
+
+def test_answer_logprob_weighs_thoughts_and_action():
+    logp = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, 0.0]])
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0]])
+    starts = torch.tensor([2, 3])                                       # one start a row; row 1 names no action
+    assert ppo.answer_logprob(logp, mask, starts, 0.5).tolist() == [-8.5, -3.0]
+    assert ppo.answer_logprob(logp, mask, starts, 1.0).tolist() == (logp * mask).sum(1).tolist()
+    assert ppo.answer_logprob(logp, mask, starts, 0.0).tolist() == [-7.0, 0.0]
+
+
+def test_gradient_vanishes_exactly_where_clipping_says_so():
+    for advantage, ratio in itertools.product((1.0, -1.0), (0.7, 0.95, 1.0, 1.05, 1.4)):
+        logp = torch.tensor([math.log(ratio)], requires_grad=True)
+        loss, _, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), 0.1)
+        loss.backward()
+        outside = ratio > 1.1 if advantage > 0 else ratio < 0.9
+        assert logp.grad.item() == pytest.approx(0.0 if outside else -advantage * ratio)
+        assert (logp.grad.item() == 0) == outside and clipped.item() == float(abs(ratio - 1) > 0.1)
+
+
+def test_value_loss_and_diagnostics_by_hand():
+    # the value moved from 0 to 1, may count as 0.1 at most: (1 − 2)² = 1 against (0.1 − 2)² = 3.61
+    assert ppo.value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0.1).item() == pytest.approx(1.805)
+    loss, kl, _ = ppo.policy_loss(torch.tensor([0.1, -0.2]), torch.zeros(2), torch.tensor([1.0, 1.0]), 0.5)
+    assert kl.item() == pytest.approx(((math.exp(0.1) - 1.1) + (math.exp(-0.2) - 0.8)) / 2, abs=1e-6)
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert ppo.explained_variance(returns, returns) == 1.0
+    assert ppo.explained_variance(torch.full((3,), 2.0), returns) == 0.0
+    assert math.isnan(ppo.explained_variance(returns, torch.ones(3)))
+
+
+class Bandit(torch.nn.Module):
+    """A fake policy: two possible one-token answers, one number as its value."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits, self.worth = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+
+    def trainable(self):
+        return list(self.named_parameters())
+
+    def logprobs(self, prompts, responses):
+        logp = self.logits.log_softmax(0)[torch.tensor(responses)]      # (B, 1)
+        return logp, torch.ones_like(logp), self.worth.expand(len(responses))
+
+
+def bandit_rollout(policy, options, generator, n=64):
+    responses = torch.multinomial(policy.logits.detach().softmax(0), n, True, generator=generator)
+    rollout = ppo.Rollout([SimpleNamespace(ids=[0])] * n, [[int(r)] for r in responses], [0] * n)
+    ppo.score_rollout(policy, rollout, options)
+    rewards = responses.float()[None]
+    rollout.advantages, rollout.returns = (x.flatten() for x in ppo.gae(
+        rewards, rollout.old_values[None], torch.zeros(1, n), torch.ones(1, n), torch.zeros(1, n), 0.9, 0.95))
+    return rollout
+
+
+def test_ppo_teaches_a_bandit():
+    policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=32)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        diagnostics = ppo.ppo_update(policy, optimizer, bandit_rollout(policy, options, generator), options, generator)
+    assert policy.logits.softmax(0)[1] > 0.95 and policy.worth.item() > 0.5
+    assert set(diagnostics) >= {"approx_kl", "clip_fraction", "explained_variance", "grad_norm"}
+
+
+def test_micro_batches_add_up_to_the_minibatch(agent, shipped):
+    """One optimiser step on 10 answers: whole, or in micro-batches of 3."""
+    steps = []
+    for size in (10, 3):
+        one = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=4, seed=0)
+        shake(one)
+        prompts, responses = samples_of(one, 3)
+        prompts, responses = prompts[:10], responses[:10]
+        rollout = ppo.Rollout(prompts, responses, [len(r) // 2 for r in responses])
+        options = ppo.PPOSettings(minibatch=10, micro_batch=size, epochs=1)
+        ppo.score_rollout(one, rollout, options)
+        rollout.advantages, rollout.returns = torch.arange(10.0), torch.arange(10.0) / 5
+        ppo.ppo_update(one, torch.optim.SGD([p for _, p in one.trainable()], lr=0.1), rollout, options,
+                       torch.Generator().manual_seed(0))
+        steps.append([p.detach().clone() for _, p in one.trainable()])
+    for a, b in zip(*steps):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=32)
+    rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+    rollout.old_logp[5] = -torch.inf
+    before = policy.logits.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"samples .*try a smaller --lr|samples .*Try a smaller --lr"):
+        ppo.ppo_update(policy, torch.optim.Adam(policy.parameters()), rollout, options, torch.Generator())
+    assert torch.equal(before, policy.logits) or torch.isfinite(policy.logits).all()
+
+
+# ---- train.py, eval.py ---------------------------------------------------------------------------------------------
+def make_run(shipped, task, **changes):
+    options = run_settings.Settings(task=task, model="pocket", **({"rollout": 32, "envs": 16, "steps": 64, "rank": 8,
+                                    "lr": 1e-3, "temperature": 1.0, "micro_batch": 16, "max_new_tokens": 80} | changes))
+    agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=options.rank, seed=options.seed)
+    return train.Run(options, agent)
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_ratio_is_one_before_the_first_step(shipped, task):
+    """What is scored is what was sampled, prompts that change every step included."""
+    run = make_run(shipped, task, rollout=48)
+    shake(run.policy)
+    rollout, metrics, _ = train.collect(run)
+    assert len({tuple(p.ids) for p in rollout.prompts}) > (1 if task in ("ezpoints", "points24") else 0)
+    worst = 0.0
+    for group in ([3, 40, 17], list(range(48))[::-5], [0]):             # other batches than those that scored first
+        logp, mask, _ = run.policy.logprobs([rollout.prompts[i] for i in group], [rollout.responses[i] for i in group])
+        starts = torch.tensor([rollout.action_starts[i] for i in group])
+        ratio = (ppo.answer_logprob(logp, mask, starts, 0.5) - rollout.old_logp[group]).exp()
+        worst = max(worst, (ratio - 1).abs().max().item())
+    assert worst < 1e-4
+    assert metrics["thought_logp"] < 0 and metrics["action_logp"] < 0
+
+
+def test_each_value_belongs_to_its_own_state(shipped):
+    """Returns of a real Points24 rollout, recomputed one by one from a replay of the game."""
+    run = make_run(shipped, "points24", rollout=64, envs=2, max_new_tokens=60)
+    twins = [GAMES["points24"]() for _ in run.games]
+    for twin, game in zip(twins, run.games):
+        twin.set_state(game.get_state())
+    rollout, _, _ = train.collect(run)
+    L, N = 32, 2
+    r, v, after, ended = torch.zeros(4, L, N)
+    terminated = torch.zeros(L, N)
+    fallback = np.random.default_rng(np.random.SeedSequence(run.settings.seed).generate_state(2).tolist()[1])
+    truncations = 0
+    for t in range(L):
+        for n, twin in enumerate(twins):
+            picture, info = twin.observe()
+            v[t, n] = run.policy.value(run.policy.encode([picture], [parse.make_prompt(twin, info)]))[0]
+            text = run.policy.decode(rollout.responses[t * N + n])
+            picture, r[t, n], done, cut, info = twin.step(parse.choose(text, twin.legal_actions(), fallback)[0])
+            after[t, n] = run.policy.value(run.policy.encode([picture], [parse.make_prompt(twin, info)]))[0]
+            terminated[t, n], ended[t, n] = done, done or cut
+            truncations += cut
+            if done or cut:
+                twin.reset()
+    advantages, returns = ppo.gae(r, v, after, terminated, ended, 0.9, 0.95)
+    torch.testing.assert_close(rollout.old_values.view(L, N), v, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rollout.returns.view(L, N), returns, atol=1e-3, rtol=1e-3)
+    assert truncations > 0
+
+
+def test_learning_rate_falls_and_stays_down():
+    options = run_settings.Settings(lr=1e-3, steps=5120)
+    rates = [run_settings.learning_rate(u, options) for u in range(15)]
+    assert rates[0] == pytest.approx(1e-3) and rates[5] == pytest.approx(5e-4, rel=1e-3)
+    assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == [pytest.approx(1e-9)] * 5
+
+
+def test_seeds_differ_everywhere(shipped):
+    a, b, c = (make_run(shipped, "blackjack", seed=seed) for seed in (1, 1, 2))
+    rollouts = [train.collect(run)[0].responses for run in (a, b, c)]
+    assert rollouts[0] == rollouts[1] != rollouts[2]
+    hands = lambda run: [game.player for game in run.games]
+    assert hands(a) == hands(b) != hands(c)
+    assert not torch.equal(*(next(iter(run.policy.lora.values())).lora_A for run in (a, c)))
+    assert len({str(game.get_state()["generator"]) for game in a.games}) == len(a.games)
+
+
+COMMAND = [sys.executable, "train.py", "--task", "numberline", "--model", "pocket", "--rollout", "32", "--envs", "16",
+           "--steps", "160", "--eval-episodes", "16", "--max-new-tokens", "40", "--minibatch", "16", "--rank", "4"]
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_run_left_alone(tmp_path):
+    def start(name, *more):
+        return subprocess.Popen([*COMMAND, "--out", str(tmp_path / name), *more], cwd=HERE,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    alone = start("alone")
+    assert alone.wait() == 0, alone.stderr.read().decode()
+    killed, metrics = 0, tmp_path / "killed" / "metrics.jsonl"
+    for wanted in (1, 3):                                               # kill once in the second update, once later
+        process = start("killed", *(["--resume"] if killed else []))
+        until = time.time() + 60
+        while time.time() < until and (len(metrics.read_text().splitlines()) if metrics.exists() else 0) < wanted:
+            time.sleep(0.01)
+        time.sleep(0.03 * wanted)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        killed += 1
+    last = start("killed", "--resume")
+    assert last.wait() == 0, last.stderr.read().decode()
+    folders = [evaluation.last_checkpoint(tmp_path / name) for name in ("alone", "killed")]
+    assert [folder.name for folder in folders] == ["checkpoint-000005"] * 2
+    for file in sorted(p.name for p in folders[0].iterdir()):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    for file in ("metrics.jsonl", "transcripts.jsonl", "eval_start.json", "eval.json"):
+        assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
+    policy, options = evaluation.open_run(tmp_path / "alone")           # and the run can be opened
+    assert options["task"] == "numberline" and len(policy.lora) > 20
+
+
+def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch):
+    run = make_run(shipped, "numberline")
+    run.save(tmp_path)
+    run.update = 1
+    monkeypatch.setattr(train.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.save(tmp_path)
+    assert evaluation.last_checkpoint(tmp_path).name == "checkpoint-000000"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--steps", "10"], "--task is needed"),
+    (["--task", "blackjack", "--rollout", "100"], "multiple of --envs"),
+    (["--task", "blackjack", "--steps", "100"], "less than one rollout"),
+    (["--task", "blackjack", "--cot-lambda", "2"], "--cot-lambda must lie"),
+    (["--task", "blackjack", "--temperature", "0"], "--temperature must be above"),
+    (["--task", "blackjack", "--lora-on", "vision,tail"], "no part tail"),
+    (["--task", "poker"], "invalid choice")])
+def test_bad_settings_are_refused_in_words(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run_settings.read_settings("", arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(
+        run_settings.Settings(task="ezpoints", seed=4))))
+    with pytest.raises(SystemExit):
+        run_settings.read_settings("", ["--task", "ezpoints", "--out", str(tmp_path)])
+    assert "holds a run already" in capsys.readouterr().err
+    found, resume = run_settings.read_settings("", ["--out", str(tmp_path), "--resume"])
+    assert resume and found.task == "ezpoints" and found.seed == 4
+    with pytest.raises(SystemExit):
+        run_settings.read_settings("", ["--out", str(tmp_path), "--resume", "--seed", "5"])
+    assert "another seed" in capsys.readouterr().err
+
+
+def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
+    evaluation.main(["--task", "blackjack", "--policy", "always:stand", "--episodes", "4000"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"task", "policy", "episodes", "seed", "success", "success_low", "success_high", "return_mean", "goal_rate",
+            "parse_rate", "expert_agreement", "reading_rate", "hit_rate_by_total"} <= set(result)
+    assert result["success"] == pytest.approx(0.3807, abs=0.025) and set(result["hit_rate_by_total"].values()) == {0.0}
+    assert result["success_low"] < 0.3807 < result["success_high"]
+    random_play = evaluation.evaluate(evaluation.scripted_player("random", "blackjack", 0), "blackjack", 4000, 10_000)
+    assert random_play["success"] == pytest.approx(0.2806, abs=0.025)
+    assert random_play["return_mean"] == pytest.approx(-0.396, abs=0.05)
+    plus = evaluation.evaluate(evaluation.scripted_player("always:+", "numberline", 0), "numberline", 1000, 0)
+    assert plus["success"] == pytest.approx(0.5, abs=0.06) and plus["goal_rate"] == plus["success"]
+    # the same episodes, however many are played side by side
+    few, many = (evaluation.evaluate(evaluation.scripted_player("expert", "points24", 0), "points24", 40, 5, envs)
+                 for envs in (3, 64))
+    assert few == many
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
+    (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more")])
+def test_evaluation_says_what_is_wrong(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        evaluation.main(["--task", "blackjack", *arguments])
+
+
+def test_an_episode_can_be_drawn(tmp_path, capsys):
+    evaluation.main(["--task", "points24", "--model", "pocket", "--episodes", "1", "--max-new-tokens", "80",
+                     "--render", str(tmp_path / "game.gif"), "--out", str(tmp_path / "game.json")])
+    with draw.Image.open(tmp_path / "game.gif") as film:
+        assert film.n_frames >= 2 and film.size == (760, 300)
+    assert json.loads((tmp_path / "game.json").read_text())["episodes"] == 1
+
+
+def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys):
+    sft.main(["--task", "numberline", "--model", "pocket", "--steps", "25", "--batch", "32", "--lr", "2e-3",
+              "--rank", "8", "--out", str(tmp_path / "a")])
+    policy, name = evaluation.open_start(str(tmp_path / "a"), "32", 1.0)
+    result = evaluation.evaluate(evaluation.model_player(policy, 0), "numberline", 64, 0)
+    assert result["success"] > 0.6                                      # from 27 %: the labels had no noise this time
+    with pytest.raises(SystemExit):
+        sft.main(["--task", "numberline", "--model", "pocket", "--out", str(tmp_path / "a")])
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_ppo_on_the_real_model_beats_its_start(shipped):
+    """A short run of the whole loop on NumberLine, from random play: the last updates against the first."""
+    run = make_run(shipped, "numberline", rollout=256, envs=64, steps=256 * 8, lr=1e-3, micro_batch=64, minibatch=64,
+                   max_new_tokens=40, rank=16)
+    success = []
+    for update in range(8):
+        rollout, metrics, _ = train.collect(run)
+        ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
+        success.append(metrics["success"])
+    assert success[0] < 0.45 and np.mean(success[-2:]) > success[0] + 0.25, success
+
+
+# ---- the README -----------------------------------------------------------------------------------------------------
+PARSERS = {"train.py": run_settings.make_parser, "eval.py": evaluation.make_parser, "sft.py": sft.make_parser,
+           "pocket.py": pocket.make_parser}
+
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"^(?:pip install -r requirements.txt && )?python (\w+\.py)([^#\n]*)",
+                          (HERE / "README.md").read_text(), re.M)
+    assert {script for script, _ in commands} >= set(PARSERS)
+    for script, rest in commands:
+        assert (HERE / script).exists()
+        if script in PARSERS:
+            PARSERS[script]().parse_args(shlex.split(rest))
