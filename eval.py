@@ -188,20 +188,20 @@ def open_run(run):
     if checkpoint is None:
         raise ModelError(f"{run} holds no checkpoint: is it the folder that train.py wrote (--out)?")
     settings = json.loads((Path(run) / "config.json").read_text())
-    model, processor, _, _ = open_model(settings["model"], settings["bits"])
-    policy = Policy(model, processor, **adapter_settings(checkpoint), temperature=settings["temperature"])
+    loaded = open_model(settings["model"], settings["bits"])
+    policy = Policy(loaded.model, loaded.processor, **adapter_settings(checkpoint), temperature=settings["temperature"])
     policy.load(checkpoint)
     return policy, settings
 
 
 def open_start(model, bits, temperature):
     """Return (policy before RL, the model's name): a model as it is, with sft.py's adapters where it has some."""
-    model, processor, name, adapters = open_model(model, bits)
-    policy = Policy(model, processor, temperature=temperature,
-                    **(adapter_settings(adapters) if adapters else {"parts": ()}))
-    if adapters:
-        policy.load(adapters)
-    return policy, name
+    loaded = open_model(model, bits)
+    lora = adapter_settings(loaded.adapters) if loaded.adapters else {"parts": ()}
+    policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
+    if loaded.adapters:
+        policy.load(loaded.adapters)
+    return policy, loaded.name
 
 
 def make_parser():

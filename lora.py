@@ -92,6 +92,11 @@ def load_adapters(layers, folder):
                 weight.copy_(stored)
 
 
+def base_name(folder):
+    """The name of the model that a folder of adapters was made for."""
+    return json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
 def adapter_settings(folder):
     """The Policy arguments (rank, alpha, parts) that fit a folder of adapters."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())

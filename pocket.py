@@ -26,7 +26,7 @@ from sft import captions, demonstrations, finetune, mixed
 SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens
 HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
 # Share of random action labels by game, set so that SFT ends near the paper's LLaVA-sft row (25, 3, 23, 23-35 %).
-LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.35, "points24": 0.25, "blackjack": 0.7}
+LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<s>"
@@ -96,7 +96,7 @@ def lessons(seed, streams=16):
     return reads, answers
 
 
-def build(out, seed=0, caption_steps=500, answer_steps=1300, batch=64, lr=1e-3):
+def build(out, seed=0, caption_steps=500, answer_steps=2300, batch=64, lr=1e-3):
     """Make and train the pocket model, write it to the folder `out` (weights in fp16: 3 MB)."""
     processor = make_processor(seed)
     model = make_model(processor, seed)
@@ -115,7 +115,7 @@ def make_parser():
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caption-steps", type=int, default=500)
-    parser.add_argument("--answer-steps", type=int, default=1300)
+    parser.add_argument("--answer-steps", type=int, default=2300)
     return parser
 
 

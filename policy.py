@@ -15,7 +15,6 @@ rollout and update see the same network. Does not handle: the adapters themselve
 (lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig,
+                          LlavaNextForConditionalGeneration)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lora import PARTS, add_lora, load_adapters, save_adapters
+from lora import PARTS, add_lora, base_name, load_adapters, save_adapters
 
 
 LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
@@ -70,19 +70,28 @@ def load_model(name, bits=32, device="cpu"):
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
                          "or use --model pocket.") from error
-    missing = [part for part, prefix in PARTS.items() if not hasattr(model.model, prefix.split(".")[1])]
-    if missing or not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
-        raise ModelError(f"{name!r} loads, but is not laid out as a LLaVA (missing: {missing or 'image processor or '}"
-                         f"{'' if missing else 'chat template'}). Use a LLaVA-NeXT checkpoint with its processor.")
+    if not isinstance(model, LlavaNextForConditionalGeneration) or not getattr(processor, "chat_template", None):
+        raise ModelError(f"{name!r} loads as {type(model).__name__}, but this program speaks LLaVA-NeXT, with a "
+                         "processor that has a chat template: use llava-hf/llava-v1.6-mistral-7b-hf or the like")
     return model, processor
 
 
+@dataclass
+class Loaded:
+    """What a command line's --model and --bits stand for."""
+    model: nn.Module
+    processor: object
+    name: str               # the model's, "auto" resolved
+    bits: str               # "4", "16" or "32", "auto" resolved
+    adapters: str = None    # a folder of adapters to go on with
+
+
 def open_model(model="auto", bits="auto"):
-    """Return (model, processor, name, adapters) for a command line's words.
+    """Return Loaded for a command line's words.
 
     model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
-    model folder, or a folder of adapters that sft.py wrote: then its base is loaded, and `adapters` is that folder
-    (else None). name is the model's, "auto" resolved. bits: "auto" is 4 on a GPU (but 32 for pocket), 32 on a CPU.
+    model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
+    bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, adapters = str(model), None
@@ -93,23 +102,24 @@ def open_model(model="auto", bits="auto"):
               f"another with --model {'pocket' if large else LLAVA_7B})")
     source = name
     if (Path(name) / "adapter_config.json").exists():
-        adapters, source = name, json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        adapters, source = name, base_name(name)
     if bits == "auto":
         bits = 4 if device == "cuda" and source != "pocket" else 32
-    return *load_model(str(POCKET) if source == "pocket" else source, int(bits), device), name, adapters
+    parts = load_model(str(POCKET) if source == "pocket" else source, int(bits), device)
+    return Loaded(*parts, name, str(bits), adapters)
 
 
 def _check_memory(name, bits, device):
-    """Refuse a folder whose weights cannot fit, before the machine starts to swap or kills the run."""
+    """Refuse a folder of weights larger than the whole memory, before the machine swaps or kills the run."""
     stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
     needed = stored * bits / 16                                   # checkpoints are stored in 16 bits
     if device == "cpu":
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        free = torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        raise ModelError(f"{name!r} needs about {needed / 2**30:.0f} GiB in {bits} bits and {free / 2**30:.0f} are "
-                         "free: try --bits 4, close other programs, or use --model pocket.")
+        memory = torch.cuda.mem_get_info(device)[1]
+    if needed > memory:
+        raise ModelError(f"{name!r} needs about {needed / 2**30:.1f} GiB in {bits} bits and this machine has "
+                         f"{memory / 2**30:.1f}: try --bits 4, or use --model pocket")
 
 
 # ---- the policy ----------------------------------------------------------------------------------------------------

@@ -92,9 +92,9 @@ def value_loss(values, old_values, returns, clip):
 
 
 def explained_variance(values, returns):
-    """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant; nan if R is constant."""
+    """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant; None if R is constant."""
     variance = returns.var()
-    return float("nan") if variance == 0 else (1 - (returns - values).var() / variance).item()
+    return None if variance == 0 else (1 - (returns - values).var() / variance).item()
 
 
 def by_length(prompts, responses, size, indices=None):

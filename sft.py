@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from env import GAMES
 from expert import expert_action, reading, thoughts
-from lora import PARTS, adapter_settings
+from lora import PARTS, adapter_settings, base_name
 from parse import make_answer, make_prompt
 from policy import ModelError, Policy, open_model
 from ppo import by_length
@@ -135,15 +135,16 @@ def main(arguments=None):
     if Path(options.out).exists() and any(Path(options.out).iterdir()):
         parser.error(f"{options.out} is not empty: choose another --out")
     try:
-        model, processor, name, adapters = open_model(options.model, options.bits)
-        if options.full and (adapters or getattr(model, "is_loaded_in_4bit", False)):
+        loaded = open_model(options.model, options.bits)
+        if options.full and (loaded.adapters or loaded.bits == "4"):
             parser.error("--full needs a whole model in --bits 16 or 32")
-        small = model.config.text_config.hidden_size < 1024
+        small = loaded.model.config.text_config.hidden_size < 1024
         lora = {"rank": options.rank or (32 if small else 128), "parts": () if options.full else tuple(PARTS)}
-        policy = Policy(model, processor, **(adapter_settings(adapters) if adapters else lora), seed=options.seed,
-                        gradient_checkpointing=not small)
-        if adapters:
-            policy.load(adapters)
+        if loaded.adapters:
+            lora = adapter_settings(loaded.adapters)
+        policy = Policy(loaded.model, loaded.processor, **lora, seed=options.seed, gradient_checkpointing=not small)
+        if loaded.adapters:
+            policy.load(loaded.adapters)
         source = demonstrations(options.task, options.seed, options.label_noise, not options.no_cot)
         batches = mixed([source], options.batch, np.random.default_rng(options.seed))
         finetune(policy, batches, options.steps, options.lr or (5e-4 if small else 2e-5),
@@ -151,10 +152,12 @@ def main(arguments=None):
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"sft.py: {error}")
     if options.full:
-        model.save_pretrained(options.out)
-        processor.save_pretrained(options.out)
+        loaded.model.save_pretrained(options.out)
+        loaded.processor.save_pretrained(options.out)
     else:
-        policy.save(options.out, name)
+        # adapters of adapters: what they adapt is the base that both were made for
+        base = base_name(loaded.adapters) if loaded.adapters else loaded.name
+        policy.save(options.out, base)
         (Path(options.out) / "value_head.safetensors").unlink()        # untrained here: RL starts its own
 
 

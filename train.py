@@ -61,10 +61,9 @@ class Run:
         (part / "training.json").write_text(json.dumps({
             "update": self.update, "fallback": self.fallback.bit_generator.state,
             "games": [game.get_state() for game in self.games]}))
-        older = last_checkpoint(folder)
         os.replace(part, whole)
-        if older:
-            shutil.rmtree(older)
+        for other in set(Path(folder).glob("checkpoint-*")) - {whole}:
+            shutil.rmtree(other)
 
     def load(self, checkpoint):
         self.policy.load(checkpoint)
@@ -154,17 +153,20 @@ def _mean(numbers):
 
 def make_policy(settings):
     """Load the model, fill in the settings that hang on its size, put the adapters on; settings are changed."""
-    model, processor, settings.model, adapters = open_model(settings.model, settings.bits)
-    size = "small" if model.config.text_config.hidden_size < 1024 else "large"
+    loaded = open_model(settings.model, settings.bits)
+    settings.model, settings.bits = loaded.name, loaded.bits
+    size = "small" if loaded.model.config.text_config.hidden_size < 1024 else "large"
     for name, value in BY_SIZE[size].items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
-    lora = {"rank": settings.rank, "parts": settings.lora_on} if adapters is None else adapter_settings(adapters)
-    settings.rank, settings.lora_on = lora["rank"], lora["parts"]
-    policy = Policy(model, processor, **lora, temperature=settings.temperature, seed=settings.seed,
+    lora = {"rank": settings.rank, "alpha": 2 * settings.rank, "parts": settings.lora_on}
+    if loaded.adapters:
+        lora = adapter_settings(loaded.adapters)
+        settings.rank, settings.lora_on = lora["rank"], lora["parts"]
+    policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature, seed=settings.seed,
                     gradient_checkpointing=settings.gradient_checkpointing)
-    if adapters:
-        policy.load(adapters)
+    if loaded.adapters:
+        policy.load(loaded.adapters)
     return policy
 
 
@@ -175,9 +177,9 @@ def train(settings, policy, folder, checkpoint=None):
         run.load(checkpoint)
     for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl"):
         _keep_lines(folder / name, run.update)
-    if run.update == 0:
-        if settings.eval_episodes:
-            report("start", held_out(run, folder / "eval_start.json"))
+    if run.update == 0 and settings.eval_episodes:
+        report("start", held_out(run, folder / "eval_start.json"))
+    if checkpoint is None:
         run.save(folder)
     total = settings.updates() * settings.rollout
     with tqdm(total=total, initial=run.update * settings.rollout, unit="step", desc=settings.task,

@@ -1,0 +1,84 @@
+"""Redraws every figure and the table of the README from the files in results/, and from nothing else.
+
+    python plot.py                      # writes results/curves.png, prints the table
+
+A curve is the success of the episodes that ended in each rollout; dots are the held-out games before and after.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend comes first)
+
+RESULTS = Path(__file__).parent / "results"
+# Success in %, from the paper's tables (peaks of training curves), and the exact ceilings (see README).
+PAPER = {"numberline": {"LLaVA-sft": 24.8, "RL": 89.4, "no CoT": 26.9, "ceiling": 100.0},
+         "ezpoints": {"LLaVA-sft": 23.0, "RL": 50.0, "no CoT": 29.9, "ceiling": 100.0},
+         "points24": {"LLaVA-sft": 2.6, "RL": 2.3, "no CoT": 0.0, "ceiling": 73.1},
+         "blackjack": {"LLaVA-sft": 23.1, "RL": 40.2, "no CoT": 40.4, "ceiling": 43.2}}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def runs_of(task):
+    """The folders of a task's main runs, a folder a seed."""
+    return sorted(folder for folder in RESULTS.glob(f"{task}-seed*") if (folder / "eval.json").exists())
+
+
+def curve(folder):
+    """(env steps, success) of a run, as arrays."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["success"] is not None]
+    return np.array([row["env_steps"] for row in rows]), np.array([row["success"] for row in rows])
+
+
+def draw_curves(path):
+    """One panel a game: every seed's curve, held-out success before and after, the paper's lines as dashes."""
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.4))
+    for axes, (task, paper) in zip(panels, PAPER.items()):
+        for folder in runs_of(task):
+            steps, success = curve(folder)
+            axes.plot(steps, 100 * success, color="tab:blue", alpha=0.8, linewidth=1.2)
+            ends = [100 * read(folder / name)["success"] for name in ("eval_start.json", "eval.json")]
+            axes.plot([0, steps[-1]], ends, "o", color="tab:blue")
+        for (name, level), style in zip(paper.items(), ("tab:gray", "tab:orange", None, "black")):
+            if style:
+                axes.axhline(level, linestyle="--", linewidth=0.9, color=style,
+                             label={"RL": "the paper, RL", "LLaVA-sft": "the paper, SFT"}.get(name, name))
+        axes.set(title=task, xlabel="environment steps", ylim=(0, 104 if paper["ceiling"] > 50 else 60))
+    panels[0].set_ylabel("success, %")
+    panels[0].legend(fontsize=8, loc="center right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def table():
+    """The main table in Markdown: held-out success in %, with 95 % intervals where there is one run."""
+    lines = ["| task | random | exact ceiling | the paper: SFT → RL | here: SFT start | here: RL | minutes | files |",
+             "|---|---|---|---|---|---|---|---|"]
+    for task, paper in PAPER.items():
+        chance = read(RESULTS / "baselines" / f"{task}-random.json")["success"]
+        for folder in runs_of(task):
+            start, end = read(folder / "eval_start.json"), read(folder / "eval.json")
+            seconds = defaultdict(float)
+            for line in (folder / "timing.jsonl").read_text().splitlines():
+                for key, value in json.loads(line).items():
+                    seconds[key] += value
+            minutes = (seconds["rollout_s"] + seconds["update_s"]) / 60
+            shares = [f"{100 * r['success']:.1f} ({100 * r['success_low']:.1f} to {100 * r['success_high']:.1f})"
+                      for r in (start, end)]
+            lines.append(f"| {task} | {100 * chance:.1f} | {paper['ceiling']} | {paper['LLaVA-sft']} → {paper['RL']} | "
+                         f"{shares[0]} | **{shares[1]}** | {minutes:.1f} | `results/{folder.name}/` |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    draw_curves(RESULTS / "curves.png")
+    print(table())

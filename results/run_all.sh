@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes everything in this folder again, from the repository's root: bash results/run_all.sh
+# One line a run; what is done is skipped, what was interrupted goes on. About an hour on two cores.
+set -euo pipefail
+
+train() {   # train NAME ARGUMENTS…: one RL run and the files of it that are kept
+    local name=$1; shift
+    [ -f "results/$name/eval.json" ] && return
+    local resume=""; [ -f "runs/$name/config.json" ] && resume="--resume"
+    python train.py "$@" --out "runs/$name" $resume
+    mkdir -p "results/$name"
+    cp "runs/$name/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl,eval_start.json,eval.json} "results/$name/"
+    echo "python train.py $* --out runs/$name" > "results/$name/command.txt"
+}
+
+evaluate() {   # evaluate NAME ARGUMENTS…: one evaluation of something that is not trained
+    local name=$1; shift
+    [ -f "results/baselines/$name.json" ] && return
+    mkdir -p results/baselines
+    python eval.py "$@" --out "results/baselines/$name.json" > /dev/null
+}
+
+for task in numberline ezpoints points24 blackjack; do
+    episodes=1000; [ $task = blackjack ] && episodes=5000
+    evaluate "$task-random" --task $task --policy random --episodes $episodes
+    evaluate "$task-expert" --task $task --policy expert --episodes $episodes
+done
+evaluate numberline-constant --task numberline --policy always:+ --episodes 1000
+evaluate blackjack-constant --task blackjack --policy always:stand --episodes 5000
+
+train blackjack-seed1 --task blackjack --seed 1 --eval-episodes 5000
+train numberline-seed1 --task numberline --seed 1
+train ezpoints-seed1 --task ezpoints --seed 1
+train points24-seed1 --task points24 --seed 1
