@@ -183,13 +183,15 @@ def put_card(canvas, rank, suit, x, y):
 def put_hand(canvas, cards, y):
     """Lay a row of cards, [(rank, suit), …], fanned so that every corner index stays visible.
 
-    Seven cards fit side by side at 34 px each; the rare longer hand goes on in rows laid 42 px lower
-    over the first, up to the 21 cards that the rules allow.
+    Seven cards fit side by side at 32 px each. The rare longer hand has rows of seven 40 px apart, each over the one
+    before; y is the top of the last row if that is in the lower half of the table, else of the first.
     """
+    rows = (len(cards) - 1) // 7
+    top = y - 40 * rows if y > SIZE // 2 else y
     for i, (rank, suit) in enumerate(cards):
         row, column = divmod(i, 7)
         step = min(CARD_W + 6, (SIZE - 24 - CARD_W) // max(1, min(len(cards), 7) - 1))
-        put_card(canvas, rank, suit, 12 + column * step, min(y + 42 * row, SIZE - CARD_H - 2))
+        put_card(canvas, rank, suit, 12 + column * step, top + 40 * row)
 
 
 def put_formula(canvas, text, y, size=24):

@@ -25,17 +25,21 @@ from expert import expert_action, reads_right
 from lora import adapter_settings
 from parse import choose, json_closed, make_prompt
 from policy import ModelError, Policy, open_model
+from settings import defaults_for
 
 
-def act(policy, games, pictures, infos, generator, fallback, cot=True, max_new_tokens=256, greedy=False):
-    """Let the policy answer for several games at once.
+def act(policy, games, pictures, infos, generator, fallback, cot=True, max_new_tokens=256, greedy=False,
+        batch=64):
+    """Let the policy answer for several games, `batch` at a time.
 
     generator: torch.Generator for the tokens; fallback: numpy Generator for answers that name no legal action.
     Returns (prompts, responses, choices); a choice is (index of the action, text, whether it named it, token start).
     """
     texts = [make_prompt(game, info, cot) for game, info in zip(games, infos)]
     prompts = policy.encode(pictures, texts)
-    responses = policy.generate(prompts, generator, max_new_tokens, json_closed, greedy)
+    responses = []
+    for k in range(0, len(prompts), batch):
+        responses += policy.generate(prompts[k:k + batch], generator, max_new_tokens, json_closed, greedy)
     choices = []
     for game, response in zip(games, responses):
         text = policy.decode(response)
@@ -44,12 +48,13 @@ def act(policy, games, pictures, infos, generator, fallback, cot=True, max_new_t
     return prompts, responses, choices
 
 
-def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False):
+def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch=64):
     """A player (games, pictures, infos) → [(action index, text, named)] that asks the policy."""
     generator, fallback = torch.Generator(policy.device).manual_seed(seed), np.random.default_rng(seed)
 
     def play(games, pictures, infos):
-        _, _, choices = act(policy, games, pictures, infos, generator, fallback, cot, max_new_tokens, greedy)
+        _, _, choices = act(policy, games, pictures, infos, generator, fallback, cot, max_new_tokens, greedy,
+                            batch)
         return [choice[:3] for choice in choices]
 
     return play
@@ -176,28 +181,29 @@ class Film:
         self.frames[0].save(path, save_all=True, append_images=self.frames[1:], duration=2500, loop=0)
 
 
-def last_checkpoint(run):
-    """The newest complete checkpoint folder of a run, or None. Checkpoints appear by renaming, so any is whole."""
-    found = sorted(Path(run).glob("checkpoint-*[0-9]"))
-    return found[-1] if found else None
+def checkpoints(run):
+    """The complete checkpoint folders of a run, oldest first. They appear by renaming, so any of them is whole."""
+    return sorted(Path(run).glob("checkpoint-" + 6 * "[0-9]"))
 
 
 def open_run(run):
     """Return (policy of a run's last checkpoint, the run's settings as a dict)."""
-    checkpoint = last_checkpoint(run)
-    if checkpoint is None:
+    if not checkpoints(run):
         raise ModelError(f"{run} holds no checkpoint: is it the folder that train.py wrote (--out)?")
+    last = checkpoints(run)[-1]
     settings = json.loads((Path(run) / "config.json").read_text())
     loaded = open_model(settings["model"], settings["bits"])
-    policy = Policy(loaded.model, loaded.processor, **adapter_settings(checkpoint), temperature=settings["temperature"])
-    policy.load(checkpoint)
+    policy = Policy(loaded.model, loaded.processor, **adapter_settings(last), temperature=settings["temperature"])
+    policy.load(last)
     return policy, settings
 
 
-def open_start(model, bits, temperature):
+def open_start(model, bits="auto", temperature=None):
     """Return (policy before RL, the model's name): a model as it is, with sft.py's adapters where it has some."""
     loaded = open_model(model, bits)
     lora = adapter_settings(loaded.adapters) if loaded.adapters else {"parts": ()}
+    if temperature is None:
+        temperature = defaults_for(loaded.model.config)["temperature"]
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
     if loaded.adapters:
         policy.load(loaded.adapters)
@@ -216,9 +222,9 @@ def make_parser():
     parser.add_argument("--envs", type=int, default=64, help="games side by side")
     parser.add_argument("--bits", default="auto", choices=["auto", "4", "16", "32"])
     parser.add_argument("--no-cot", action="store_true", help="ask for the action alone (a run brings its own setting)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of --model (a run brings its own)")
+    parser.add_argument("--temperature", type=float, help="of --model [0.5 pocket, 0.2 else; a run brings its own]")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer [the run's own, or 256]")
     parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
     return parser
@@ -227,20 +233,36 @@ def make_parser():
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
     try:
-        cot = not options.no_cot
+        cot, batch = not options.no_cot, options.envs
+        for name in ("episodes", "envs", "max_new_tokens"):
+            if getattr(options, name) is not None and getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+        if options.seed < 0:
+            raise ValueError("--seed must not be negative")
+        if options.render and not options.render.endswith(".gif"):
+            raise ValueError(f"--render writes a GIF: call it {Path(options.render).stem}.gif")
+        for file in filter(None, (options.out, options.render)):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         if options.policy:
             player, name = scripted_player(options.policy, options.task, options.seed), options.policy
         else:
             if options.run:
                 policy, settings = open_run(options.run)
-                cot, name = settings["cot"], options.run
+                cot, name, longest, batch = (settings[key] for key in ("cot", "out", "max_new_tokens", "play_batch"))
+                if settings["task"] != options.task:
+                    print(f"note: {name} was trained on {settings['task']}")
+                if options.temperature or options.no_cot or options.bits != "auto":
+                    raise ValueError("a run brings its own --temperature, --no-cot and --bits: leave them out")
             else:
                 policy, name = open_start(options.model, options.bits, options.temperature)
-            player = model_player(policy, options.seed, cot, options.max_new_tokens, options.greedy)
+                longest = 256
+            player = model_player(policy, options.seed, cot, options.max_new_tokens or longest, options.greedy, batch)
         film = Film() if options.render else None
         result = evaluate(player, options.task, options.episodes, options.seed, options.envs, cot, film)
-    except (ModelError, ValueError, FileNotFoundError) as error:
+    except (ModelError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"eval.py: out of GPU memory: lower --envs (now {options.envs}) or use --bits 4")
     result = {"policy": name, **result}
     for key, value in result.items():
         if not isinstance(value, dict):

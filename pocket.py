@@ -1,4 +1,4 @@
-"""A LLaVA for two CPU cores, made from nothing: same classes, same folder layout, 1.4 million parameters.
+"""A LLaVA for two CPU cores, made from nothing: same classes, same folder layout, 1.5 million parameters.
 
     python pocket.py --out checkpoints/pocket
 
@@ -39,7 +39,7 @@ PIECES = Regex(r"""[ ,.:{}"]*["{}]| ?[A-Za-z]+| ?[0-9]+|\n| ?[^A-Za-z0-9]""")
 
 
 def make_tokenizer(seed=0):
-    """Train a byte-level BPE on the games' own prompts and answers: about 400 tokens, the same for the same seed."""
+    """Train a byte-level BPE on the games' own prompts and answers: 500 tokens, the same for the same seed."""
     texts = []
     for task, cot in itertools.product(GAMES, (True, False)):
         texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), 1500)

@@ -7,7 +7,7 @@
     logp, mask, value = policy.logprobs(prompts, responses) # (B, T), (B, T), (B,)
 
 Alphabet of shapes: B samples, I image tokens, P prompt tokens (image tokens among them), T response tokens,
-V vocabulary, D hidden size.
+D hidden size.
 
 Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
 goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig,
-                          LlavaNextForConditionalGeneration)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lora import PARTS, add_lora, base_name, load_adapters, save_adapters
@@ -54,26 +54,35 @@ def load_model(name, bits=32, device="cpu"):
     if bits == 4:
         quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    _config(name)
     _check_memory(name, bits, device)
     try:
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, quantization_config=quantisation, device_map={"": device})
-    except (OSError, ConnectionError) as error:
-        raise ModelError(f"cannot load the model {name!r}: neither a folder with a model here nor a name that the hub "
-                         "gave an answer for. Check the spelling; without a network, download it elsewhere "
-                         f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{name!r} is no model that takes pictures (transformers does not know it as image-text-to-"
-                         "text). Use a LLaVA-NeXT checkpoint, such as llava-hf/llava-v1.6-mistral-7b-hf. "
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name!r} has a configuration but does not load whole: is a file missing or cut off? "
                          f"The loader said: {error}") from error
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
                          "or use --model pocket.") from error
-    if not isinstance(model, LlavaNextForConditionalGeneration) or not getattr(processor, "chat_template", None):
-        raise ModelError(f"{name!r} loads as {type(model).__name__}, but this program speaks LLaVA-NeXT, with a "
-                         "processor that has a chat template: use llava-hf/llava-v1.6-mistral-7b-hf or the like")
+    if not getattr(processor, "chat_template", None):
+        raise ModelError(f"{name!r} has no chat template: use a LLaVA-NeXT checkpoint with its whole processor")
     return model, processor
+
+
+def _config(name):
+    """The configuration of a hub name or a folder; ModelError unless it is a LLaVA-NeXT."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot find a model {name!r}: it is neither a folder with a model here nor a name that the "
+                         "hub gave an answer for. Check the spelling; without a network, download it elsewhere "
+                         f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
+    if config.model_type != "llava_next":
+        raise ModelError(f"{name!r} is a {config.model_type}: no model that takes pictures the way this program gives "
+                         f"them. Use a LLaVA-NeXT checkpoint, such as {LLAVA_7B}.")
+    return config
 
 
 @dataclass
@@ -83,7 +92,8 @@ class Loaded:
     processor: object
     name: str               # the model's, "auto" resolved
     bits: str               # "4", "16" or "32", "auto" resolved
-    adapters: str = None    # a folder of adapters to go on with
+    base: str               # the model's without adapters: what adapters of it are made for
+    adapters: str = None    # the folder of adapters to go on with, where name is one
 
 
 def open_model(model="auto", bits="auto"):
@@ -103,10 +113,15 @@ def open_model(model="auto", bits="auto"):
     source = name
     if (Path(name) / "adapter_config.json").exists():
         adapters, source = name, base_name(name)
+    folder = str(POCKET) if source == "pocket" else source
     if bits == "auto":
-        bits = 4 if device == "cuda" and source != "pocket" else 32
-    parts = load_model(str(POCKET) if source == "pocket" else source, int(bits), device)
-    return Loaded(*parts, name, str(bits), adapters)
+        bits = 4 if device == "cuda" and not is_small(_config(folder)) else 32
+    return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters)
+
+
+def is_small(config):
+    """Whether a model's configuration is of pocket size (which the defaults hang on), not of a 7B one's."""
+    return config.text_config.hidden_size < 1024
 
 
 def _check_memory(name, bits, device):
@@ -146,7 +161,7 @@ class Policy(nn.Module):
         self.value_head = _value_head(hidden, generator).to(model.device)
         self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self._no_dropout()
 
         self.image_token = model.config.image_token_id
@@ -170,7 +185,14 @@ class Policy(nn.Module):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-        self.model.eval()
+        self._train_mode(False)
+
+    def _train_mode(self, on):
+        """Train mode is only for gradient checkpointing, which transformers does in no other."""
+        self.model.train(on)
+        for module in self.model.modules():
+            if isinstance(module, Linear4bit):
+                module.train()      # subtle: its eval mode takes a CPU kernel that passes no gradient on
 
     @property
     def device(self):
@@ -242,7 +264,8 @@ class Policy(nn.Module):
 
     def _log_softmax(self, hidden):
         """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
-        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
+        # subtle: in fp32 from the head on: a bf16 logit of 20 is off by up to 0.06, at temperature 0.2 by 0.3 nats
+        logits = F.linear(hidden.float(), self.model.get_output_embeddings().weight.float()) / self.temperature
         return logits.masked_fill(self.forbidden, -torch.inf).log_softmax(-1)
 
     def logprobs(self, prompts, responses):
@@ -253,10 +276,9 @@ class Policy(nn.Module):
         (before any response token, so it cannot see what was answered).
         """
         ids, mask, positions, P, T = self._collate(prompts, responses)
-        if self.checkpointing and torch.is_grad_enabled():
-            self.model.train()                                                    # checkpointing needs this mode
+        self._train_mode(self.checkpointing and torch.is_grad_enabled())
         hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
-        self.model.eval()
+        self._train_mode(False)
         value = self.value_head(hidden[:, P - 1].float()).squeeze(-1)             # (B,)
         logp = self._log_softmax(hidden[:, P - 1:P + T - 1])                      # position t-1 predicts token t
         logp = logp.gather(-1, ids[:, P:, None]).squeeze(-1)                      # (B, T)
@@ -302,7 +324,7 @@ class Policy(nn.Module):
         return responses
 
     def decode(self, response):
-        """Text of a response, without special tokens, not tidied up: prefixes decode to prefixes."""
+        """Text of a response, without special tokens, not tidied up."""
         return self.tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def action_start(self, response, start):
@@ -330,8 +352,11 @@ class Policy(nn.Module):
         save_file(head, Path(folder) / "value_head.safetensors")
 
     def load(self, folder):
-        """Read what save, or PEFT, wrote; the value head where there is one."""
-        load_adapters(self.lora, folder)
+        """Read what save wrote, or PEFT on every linear layer of the same parts; the value head where there is one."""
+        try:
+            load_adapters(self.lora, folder)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
         head = Path(folder) / "value_head.safetensors"
         if head.exists():
             self.value_head.load_state_dict(load_file(head))

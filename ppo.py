@@ -18,7 +18,8 @@ class PPOSettings:
     gamma: float = 0.9              # discount; the paper's
     gae_lambda: float = 0.95        # the paper's
     cot_lambda: float = 0.5         # weight of the thoughts' log-probability; the paper's for the card games
-    clip: float = 0.1               # ε, for the policy and for the value; the paper's
+    clip: float = 0.1               # ε of the policy's ratio; the paper's
+    value_clip: float = 0.1         # how far a value may move an update; the paper's; 0 for no limit
     value_coef: float = 0.5         # the paper's
     epochs: int = 4                 # passes over a rollout; the paper's
     minibatch: int = 128            # answers an optimiser step; the paper's
@@ -86,7 +87,9 @@ def policy_loss(logp, old_logp, advantages, clip):
 
 
 def value_loss(values, old_values, returns, clip):
-    """½ E[max((V − R)², (V_clipped − R)²)], V_clipped within ±clip of the old value."""
+    """½ E[max((V − R)², (V_clipped − R)²)], V_clipped within ±clip of the old value; clip 0: ½ E[(V − R)²]."""
+    if clip == 0:
+        return 0.5 * ((values - returns) ** 2).mean()
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()
 
@@ -145,7 +148,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
                 p_loss, kl, clipped = policy_loss(new, rollout.old_logp[group].to(device),
                                                   advantages[group].to(device), settings.clip)
                 v_loss = value_loss(values, rollout.old_values[group].to(device), rollout.returns[group].to(device),
-                                    settings.clip)
+                                    settings.value_clip)
                 loss = p_loss + settings.value_coef * v_loss
                 if not torch.isfinite(loss):
                     bad = [i for i, x, v in zip(group, new.tolist(), values.tolist()) if not abs(x + v) < float("inf")]
@@ -163,6 +166,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
                     f"{start // settings.minibatch}, samples {batch[:8]} …: try a smaller --lr or --bits 32.")
             optimizer.step()
             history.append([*sums.tolist(), grad_norm.item()])
+    optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     means = torch.tensor(history).mean(0).tolist()
     return {**dict(zip(names, means)),
             "explained_variance": explained_variance(rollout.old_values, rollout.returns)}

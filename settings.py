@@ -11,6 +11,7 @@ from pathlib import Path
 
 from env import GAMES
 from lora import PARTS
+from policy import is_small
 from ppo import PPOSettings
 
 
@@ -27,12 +28,13 @@ class Settings(PPOSettings):
     envs: int = 64                  # games side by side
     cot: bool = True                # False: the paper's ablation, the action alone
     max_new_tokens: int = 256       # the paper's
-    lora_on: tuple = tuple(PARTS)   # the paper's: all three
+    lora_on: tuple = None           # the parts that learn; the paper's: all three
     lr: float = None                # falls on a cosine to lr_end over the run's updates, and stays there
     lr_end: float = 1e-9            # the paper's
     rank: int = None                # LoRA's r; α = 2 r as in the paper
     temperature: float = None       # in sampling and in scoring
     gradient_checkpointing: bool = None     # less memory for more time
+    play_batch: int = None          # answers generated at once: memory only
     save_every: int = 1             # updates a checkpoint
     eval_episodes: int = 1000       # held-out games at the start and at the end; 0 for none
     eval_seed: int = 10_000         # dealt by this seed and the following ones
@@ -43,9 +45,16 @@ class Settings(PPOSettings):
 
 # The paper's settings are for 7 billion parameters; a million learn at other ones (README, "Differs from the paper").
 BY_SIZE = {
-    "large": {"lr": 1e-5, "rank": 128, "temperature": 0.2, "micro_batch": 4, "gradient_checkpointing": True},
-    "small": {"lr": 3e-4, "rank": 32, "temperature": 1.0, "micro_batch": 64, "gradient_checkpointing": False},
+    "large": {"lr": 1e-5, "rank": 128, "lora_on": tuple(PARTS), "temperature": 0.2,
+              "micro_batch": 4, "play_batch": 16, "gradient_checkpointing": True},
+    "small": {"lr": 1.5e-4, "rank": 32, "lora_on": tuple(PARTS), "temperature": 0.5,
+              "micro_batch": 64, "play_batch": 64, "gradient_checkpointing": False},
 }
+
+
+def defaults_for(config):
+    """The settings that hang on a model's size: BY_SIZE's row for its configuration."""
+    return BY_SIZE["small" if is_small(config) else "large"]
 
 
 def learning_rate(update, settings):
@@ -70,17 +79,19 @@ def make_parser(description=None):
     add("--envs", type=int, help="games side by side; divides --rollout [64]")
     add("--no-cot", dest="cot", action="store_false", help="ask for the action alone (the paper's ablation)")
     add("--cot-lambda", type=float, help="weight of the thoughts' log-probability, 0 to 1 [0.5]")
-    add("--temperature", type=float, help="of sampling and of scoring [1.0 pocket, 0.2 else]")
+    add("--temperature", type=float, help="of sampling and of scoring [0.5 pocket, 0.2 else]")
     add("--max-new-tokens", type=int, help="longest answer [256]")
-    add("--lr", type=float, help="at the start, falling on a cosine [3e-4 pocket, 1e-5 else]")
+    add("--lr", type=float, help="at the start, falling on a cosine [1.5e-4 pocket, 1e-5 else]")
     add("--rank", type=int, help="of the LoRA adapters [32 pocket, 128 else]")
     add("--lora-on", type=lambda text: tuple(text.split(",")), help=f"which parts learn [{','.join(PARTS)}]")
     add("--gamma", type=float, help="discount [0.9]")
     add("--gae-lambda", type=float, help="[0.95]")
     add("--clip", type=float, help="PPO's epsilon [0.1]")
+    add("--value-clip", type=float, help="how far a value may move an update, 0 for no limit [0.1]")
     add("--epochs", type=int, help="passes over a rollout [4]")
     add("--minibatch", type=int, help="answers an optimiser step [128]")
     add("--micro-batch", type=int, help="answers a forward pass: lower it when memory runs out [64 pocket, 4 else]")
+    add("--play-batch", type=int, help="answers generated at once: lower it when memory runs out [64 pocket, 16 else]")
     add("--save-every", type=int, help="updates a checkpoint [1]")
     add("--eval-episodes", type=int, help="held-out games before and after; 0 for none [1000]")
     return parser
@@ -96,15 +107,19 @@ def read_settings(description, arguments=None):
     config = Path(given.get("out", "")) / "config.json"
     if resume and "out" in given and config.exists():
         stored = json.loads(config.read_text())
-        other = [key for key, value in given.items() if key not in ("out", "lora_on") and stored[key] != value]
+        stored["lora_on"] = tuple(stored["lora_on"])
+        free = {"out", "micro_batch", "play_batch", "save_every"}         # these change no result (but by rounding)
+        other = [key for key, value in given.items() if key not in free and stored[key] != value]
         if other:
             parser.error(f"--resume goes on with the run's own settings; {config} has another {', '.join(other)}: "
                          "leave them out, or start a new run with --out")
-        return Settings(**(stored | {"out": given["out"], "lora_on": tuple(stored["lora_on"])})), True
+        return Settings(**(stored | {key: value for key, value in given.items() if key in free})), True
     if "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
     if config.exists():
         parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")
+    if resume:
+        print(f"there is no run in {config.parent} yet: this starts one")
     settings = Settings(**given)
     if problem := _problem(settings):
         parser.error(problem)
@@ -113,7 +128,7 @@ def read_settings(description, arguments=None):
 
 def _problem(s):
     """What is wrong with the settings, in words, or None."""
-    if unknown := set(s.lora_on) - set(PARTS):
+    if unknown := set(s.lora_on or ()) - set(PARTS):
         return f"--lora-on: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
     for name in ("steps", "rollout", "envs", "epochs", "minibatch", "save_every", "max_new_tokens"):
         if getattr(s, name) < 1:
@@ -121,13 +136,16 @@ def _problem(s):
     for name in ("cot_lambda", "gamma", "gae_lambda", "clip"):
         if not 0 <= getattr(s, name) <= 1:
             return f"--{name.replace('_', '-')} must lie between 0 and 1"
-    for name in ("lr", "rank", "temperature", "micro_batch"):
+    for name in ("lr", "rank", "temperature", "micro_batch", "play_batch"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             return f"--{name.replace('_', '-')} must be above 0"
     if s.rollout % s.envs:
         return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
     if s.steps < s.rollout:
         return f"--steps {s.steps} is less than one rollout of {s.rollout}: lower --rollout (and --envs)"
-    if s.seed < 0 or s.eval_episodes < 0:
-        return "--seed and --eval-episodes must not be negative"
+    for name in ("seed", "eval_episodes", "value_clip"):
+        if getattr(s, name) < 0:
+            return f"--{name.replace('_', '-')} must not be negative"
+    if s.rollout < 2:
+        return "--rollout must be 2 or more: advantages are normalised over it"
     return None

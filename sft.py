@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from env import GAMES
 from expert import expert_action, reading, thoughts
-from lora import PARTS, adapter_settings, base_name
+from lora import PARTS, adapter_settings
 from parse import make_answer, make_prompt
-from policy import ModelError, Policy, open_model
+from policy import ModelError, Policy, is_small, open_model
 from ppo import by_length
 
 
@@ -130,15 +130,18 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if not 0 <= options.label_noise <= 1:
         parser.error("--label-noise is a share, 0 to 1")
-    if min(options.steps, options.batch) < 1:
-        parser.error("--steps and --batch must be 1 or more")
-    if Path(options.out).exists() and any(Path(options.out).iterdir()):
+    for name in ("steps", "batch", "rank", "micro_batch", "lr"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    if Path(options.out).exists() and (Path(options.out).is_file() or any(Path(options.out).iterdir())):
         parser.error(f"{options.out} is not empty: choose another --out")
     try:
         loaded = open_model(options.model, options.bits)
-        if options.full and (loaded.adapters or loaded.bits == "4"):
-            parser.error("--full needs a whole model in --bits 16 or 32")
-        small = loaded.model.config.text_config.hidden_size < 1024
+        if options.full and (loaded.adapters or loaded.bits != "32"):
+            parser.error("--full needs a whole model in --bits 32: 16 would round most steps away")
+        small = is_small(loaded.model.config)
         lora = {"rank": options.rank or (32 if small else 128), "parts": () if options.full else tuple(PARTS)}
         if loaded.adapters:
             lora = adapter_settings(loaded.adapters)
@@ -151,13 +154,13 @@ def main(arguments=None):
                  micro_batch=options.micro_batch or (32 if small else 4), title=f"sft {options.task}")
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"sft.py: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit("sft.py: out of GPU memory: lower --micro-batch, or use --bits 4")
     if options.full:
         loaded.model.save_pretrained(options.out)
         loaded.processor.save_pretrained(options.out)
     else:
-        # adapters of adapters: what they adapt is the base that both were made for
-        base = base_name(loaded.adapters) if loaded.adapters else loaded.name
-        policy.save(options.out, base)
+        policy.save(options.out, loaded.base)
         (Path(options.out) / "value_head.safetensors").unlink()        # untrained here: RL starts its own
 
 

@@ -352,10 +352,21 @@ def test_every_rank_looks_different_even_where_a_fan_covers_it():
     """The strip that a fanned card shows differs by rank, also at the pocket model's 120 pixels."""
     shrink = 120 / draw.SIZE
     for suit in draw.SUITS:
-        strips = [draw.Image.fromarray(draw.card(rank, suit)[:36, :34]).resize((round(34 * shrink), round(36 * shrink)))
+        strips = [draw.Image.fromarray(draw.card(rank, suit)[:36, :32]).resize((round(32 * shrink), round(36 * shrink)))
                   for rank in draw.RANKS]
         for a, b in itertools.combinations(strips, 2):
             assert np.abs(np.asarray(a, float) - np.asarray(b, float)).max() > 60
+
+
+def test_the_longest_hand_stays_readable():
+    """Twenty-one aces: every card's corner index is on the table, whole, where put_hand laid it."""
+    canvas = draw.table()
+    draw.put_hand(canvas, [("A", "spades")] * 21, 164)
+    index = draw.card("A", "spades")[4:36, 3:32].astype(int)
+    found = [(x, y) for y in range(0, draw.SIZE - 36) for x in range(0, draw.SIZE - 32)
+             if np.abs(canvas[y:y + 32:8, x:x + 29:7].astype(int) - index[::8, ::7]).max() < 4
+             and np.abs(canvas[y:y + 32, x:x + 29].astype(int) - index).max() < 4]
+    assert len(found) == 21
 
 
 # ---- parse.py ------------------------------------------------------------------------------------------------------
@@ -539,17 +550,19 @@ def test_sampling_is_from_the_scored_distribution(tiny):
     [prompt] = agent.encode([picture], ["Hello"])
     draws = Counter(r[0] for _ in range(4) for r in agent.generate(
         [prompt] * 1000, torch.Generator().manual_seed(_), max_new_tokens=1))
-    size = len(processor.tokenizer)
+    size, image = len(processor.tokenizer), model.config.image_token_id
+    tokens = [token for token in range(size) if token != image]         # an answer with an image token has no score
+    logp = torch.full((size,), -torch.inf)
     with torch.no_grad():
-        logp = torch.cat([agent.logprobs([prompt] * 100, [[t] for t in range(k, min(k + 100, size))] + [[0]] * max(
-            0, k + 100 - size))[0][:, 0] for k in range(0, size, 100)])[:size]
+        for part in (tokens[k:k + 100] for k in range(0, size, 100)):
+            logp[list(part)] = agent.logprobs([prompt] * len(part), [[token] for token in part])[0][:, 0]
     chances = logp.double().exp()
     assert chances.sum().item() == pytest.approx(1, abs=1e-5)
     likely = [t for t in range(size) if chances[t] * 4000 >= 5]
     chi2 = sum((draws[t] - 4000 * chances[t].item()) ** 2 / (4000 * chances[t].item()) for t in likely)
     assert chi2 < len(likely) + 4 * math.sqrt(2 * len(likely)) and len(draws) > 100
     tokenizer = processor.tokenizer
-    banned = {tokenizer.pad_token_id, tokenizer.bos_token_id, model.config.image_token_id}
+    banned = {tokenizer.pad_token_id, tokenizer.bos_token_id, image}
     assert len(banned) == 3 and not banned & set(draws) and all(chances[t] == 0 for t in banned)
     assert chances[tokenizer.eos_token_id] > 0
 
@@ -591,7 +604,7 @@ def three_tokenizers():
     pieces.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", *(f"<0x{b:02X}>" for b in range(256))], show_progress=False))
     letters = Tokenizer(models.WordLevel(unk_token="?"))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     letters.decoder = decoders.Fuse()
     letters.train_from_iterator(corpus, trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False))
     return {"bytes": bytelevel, "pieces": pieces, "letters": letters}
@@ -608,11 +621,11 @@ def test_the_action_part_is_found_with_any_tokenizer(agent):
         else:
             decode, ids = tokenizer.decode, tokenizer.encode(text).ids
         whole = decode(ids)
-        if name != "letters":
-            assert whole == text, name
+        if name in ("bytes", "pocket"):
+            assert whole == text
         action, start = parse.parse(whole, ("stand", "hit"))
         first = Policy.action_start(SimpleNamespace(decode=decode), ids, start)
-        assert action and 0 < first < len(ids)
+        assert action and 0 <= first < len(ids)
         assert len(decode(ids[:first])) <= start < len(decode(ids[:first + 1]))
     assert agent.action_start([], 0) == 0
     ids = agent.tokenizer('nothing here', add_special_tokens=False)["input_ids"]
@@ -633,7 +646,17 @@ def test_the_real_four_bit_path_on_a_cpu(tiny):
         a, b = agent.logprobs(prompts, responses)[0], full.logprobs(prompts, responses)[0]
     assert 0 < (a - b).abs().mean() < 0.25                              # quantised, and not far off
     assert agent.generate(prompts, torch.Generator().manual_seed(0), 4) != []
+    for one in (agent, full):
+        shake(one)
+        one.logprobs(prompts, responses)[0].mean().backward()
+    for (name, a), (_, b) in zip(agent.trainable(), full.trainable()):  # gradients pass through the NF4 layers
+        if "lora" in name:
+            assert torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0) > 0.5, name
     optimizer = torch.optim.Adam([p for _, p in agent.trainable()], lr=1e-2)
+    for part in lora.PARTS:                                             # also where most NF4 layers have no adapter
+        alone = Policy(*load_model(str(tiny), bits=4), rank=4, parts=(part,))
+        alone.logprobs(prompts, responses)[0].mean().backward()
+        assert all(layer.lora_B.grad.abs().sum() > 0 for layer in alone.lora.values())
     losses = []
     for _ in range(6):
         loss = -agent.logprobs(prompts, responses)[0].mean()
@@ -659,9 +682,9 @@ def test_peft_reads_our_adapters(agent, shipped, tmp_path):
     again.load(tmp_path)
     for mine, saved in zip(again.logprobs(prompts, responses), agent.logprobs(prompts, responses)):
         assert torch.equal(mine, saved)
-    with pytest.raises(ValueError, match="rank"):
+    with pytest.raises(ModelError, match="rank"):
         Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2).load(tmp_path)
-    with pytest.raises(ValueError, match="other layers"):
+    with pytest.raises(ModelError, match="other layers"):
         Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, parts=("vision",)).load(tmp_path)
 
 
@@ -669,8 +692,7 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="Check the spelling"):
         load_model("nobody/no-such-model")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="LLaVA"):
+    with pytest.raises(ModelError, match="is a gpt2: no model that takes pictures"):
         load_model(str(tmp_path))
     with pytest.raises(ModelError, match="4, 16 or 32"):
         load_model(str(tiny), bits=8)
@@ -766,6 +788,7 @@ def test_gradient_vanishes_exactly_where_clipping_says_so():
 def test_value_loss_and_diagnostics_by_hand():
     # the value moved from 0 to 1, may count as 0.1 at most: (1 − 2)² = 1 against (0.1 − 2)² = 3.61
     assert ppo.value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0.1).item() == pytest.approx(1.805)
+    assert ppo.value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0).item() == pytest.approx(0.5)
     loss, kl, _ = ppo.policy_loss(torch.tensor([0.1, -0.2]), torch.zeros(2), torch.tensor([1.0, 1.0]), 0.5)
     assert kl.item() == pytest.approx(((math.exp(0.1) - 1.1) + (math.exp(-0.2) - 0.8)) / 2, abs=1e-6)
     returns = torch.tensor([1.0, 2.0, 3.0])
@@ -841,15 +864,18 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
 def make_run(shipped, task, **changes):
     options = run_settings.Settings(task=task, model="pocket", **({"rollout": 32, "envs": 16, "steps": 64, "rank": 8,
-                                    "lr": 1e-3, "temperature": 1.0, "micro_batch": 16, "max_new_tokens": 80} | changes))
-    agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=options.rank, seed=options.seed)
+                                    "lr": 1e-3, "temperature": 0.5, "micro_batch": 16, "play_batch": 64,
+                                    "max_new_tokens": 80} | changes))
+    agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=options.rank, seed=options.seed,
+                   temperature=options.temperature)
     return train.Run(options, agent)
 
 
-@pytest.mark.parametrize("task", GAMES)
-def test_ratio_is_one_before_the_first_step(shipped, task):
-    """What is scored is what was sampled, prompts that change every step included."""
-    run = make_run(shipped, task, rollout=48)
+@pytest.mark.parametrize("task, bits, limit", [*((task, 32, 1e-4) for task in GAMES), ("blackjack", 16, 0.09)])
+def test_ratio_is_one_before_the_first_step(shipped, task, bits, limit):
+    """What is scored is what was sampled, prompts that change every step included; in bf16 well within the clip."""
+    run = make_run(load_model(str(POCKET), bits=16) if bits == 16 else shipped, task, rollout=48,
+                   temperature=0.2 if bits == 16 else 0.5)
     shake(run.policy)
     rollout, metrics, _ = train.collect(run)
     assert len({tuple(p.ids) for p in rollout.prompts}) > (1 if task in ("ezpoints", "points24") else 0)
@@ -859,7 +885,7 @@ def test_ratio_is_one_before_the_first_step(shipped, task):
         starts = torch.tensor([rollout.action_starts[i] for i in group])
         ratio = (ppo.answer_logprob(logp, mask, starts, 0.5) - rollout.old_logp[group]).exp()
         worst = max(worst, (ratio - 1).abs().max().item())
-    assert worst < 1e-4
+    assert worst < limit
     assert metrics["thought_logp"] < 0 and metrics["action_logp"] < 0
 
 
@@ -932,7 +958,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_left_alone(tmp_path):
         killed += 1
     last = start("killed", "--resume")
     assert last.wait() == 0, last.stderr.read().decode()
-    folders = [evaluation.last_checkpoint(tmp_path / name) for name in ("alone", "killed")]
+    folders = [evaluation.checkpoints(tmp_path / name)[-1] for name in ("alone", "killed")]
     assert [folder.name for folder in folders] == ["checkpoint-000005"] * 2
     for file in sorted(p.name for p in folders[0].iterdir()):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
@@ -949,7 +975,7 @@ def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch
     monkeypatch.setattr(train.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run.save(tmp_path)
-    assert evaluation.last_checkpoint(tmp_path).name == "checkpoint-000000"
+    assert [folder.name for folder in evaluation.checkpoints(tmp_path)] == ["checkpoint-000000"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -1016,7 +1042,7 @@ def test_an_episode_can_be_drawn(tmp_path, capsys):
 def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys):
     sft.main(["--task", "numberline", "--model", "pocket", "--steps", "25", "--batch", "32", "--lr", "2e-3",
               "--rank", "8", "--out", str(tmp_path / "a")])
-    policy, name = evaluation.open_start(str(tmp_path / "a"), "32", 1.0)
+    policy, name = evaluation.open_start(str(tmp_path / "a"))
     result = evaluation.evaluate(evaluation.model_player(policy, 0), "numberline", 64, 0)
     assert result["success"] > 0.6                                      # from 27 %: the labels had no noise this time
     with pytest.raises(SystemExit):

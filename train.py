@@ -23,20 +23,20 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from env import GAMES
-from eval import act, evaluate, last_checkpoint, model_player
+from eval import act, checkpoints, evaluate, model_player
 from expert import reads_right
 from lora import adapter_settings
 from parse import make_prompt
-from policy import ModelError, Policy, open_model
+from policy import ModelError, Policy, is_small, open_model
 from ppo import Rollout, gae, ppo_update, score_rollout
-from settings import BY_SIZE, learning_rate, read_settings
+from settings import defaults_for, learning_rate, read_settings
 
 
 class Run:
     """All that a run's future depends on: policy, optimiser, games, generators, counters. save/load are exact."""
 
-    def __init__(self, settings, policy):
-        self.settings, self.policy, self.update = settings, policy, 0
+    def __init__(self, settings, policy, base="pocket"):
+        self.settings, self.policy, self.base, self.update = settings, policy, base, 0
         parameters = [parameter for _, parameter in policy.trainable()]
         self.optimizer = torch.optim.Adam(parameters, lr=settings.lr, eps=1e-7)          # the paper's ε
         # One seed, independent streams: tokens, fallback actions, the order of samples, and one for each game.
@@ -53,19 +53,23 @@ class Run:
         whole = Path(folder) / f"checkpoint-{self.update:06d}"
         part = Path(folder) / "checkpoint.part"
         shutil.rmtree(part, ignore_errors=True)
-        self.policy.save(part, self.settings.model)
+        self.policy.save(part, self.base)
         tensors = {"sampling": self.sampling.get_state(), "shuffling": self.shuffling.get_state()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
         save_file(tensors, part / "training.safetensors")
         (part / "training.json").write_text(json.dumps({
-            "update": self.update, "fallback": self.fallback.bit_generator.state,
+            "update": self.update, "device": self.policy.device.type, "fallback": self.fallback.bit_generator.state,
             "games": [game.get_state() for game in self.games]}))
         os.replace(part, whole)
-        for other in set(Path(folder).glob("checkpoint-*")) - {whole}:
+        for other in set(checkpoints(folder)) - {whole}:
             shutil.rmtree(other)
 
     def load(self, checkpoint):
+        plain = json.loads((checkpoint / "training.json").read_text())
+        if plain["device"] != self.policy.device.type:
+            raise ModelError(f"{checkpoint} was written on {plain['device']}, this is {self.policy.device.type}: their "
+                             "random generators differ; go on there, or start a new run")
         self.policy.load(checkpoint)
         tensors = load_file(checkpoint / "training.safetensors")
         self.sampling.set_state(tensors["sampling"])
@@ -76,7 +80,6 @@ class Run:
                 _, index, key = name.split(".", 2)
                 state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        plain = json.loads((checkpoint / "training.json").read_text())
         self.update, self.fallback.bit_generator.state = plain["update"], plain["fallback"]
         for game, state in zip(self.games, plain["games"]):
             game.set_state(state)
@@ -94,11 +97,13 @@ def collect(run, progress=lambda steps: None):
     for t in range(L):
         pictures, infos = zip(*states)
         prompts, responses, choices = act(policy, games, pictures, infos, run.sampling, run.fallback,
-                                          settings.cot, settings.max_new_tokens)
+                                          settings.cot, settings.max_new_tokens, batch=settings.play_batch)
         rollout.prompts += prompts
         rollout.responses += responses
         rollout.action_starts += [start for _, _, _, start in choices]
-        cut = []
+        transcript = {"text": choices[0][1], "action": games[0].legal_actions()[choices[0][0]],
+                      "named": choices[0][2]}
+        cut = {}                                                                # game → (picture, v_in) it was cut at
         for i, (game, (index, text, by_name, _)) in enumerate(zip(games, choices)):
             named.append(by_name)
             if settings.cot:
@@ -106,7 +111,7 @@ def collect(run, progress=lambda steps: None):
             picture, rewards[t, i], done, out_of_time, info = game.step(index)
             terminated[t, i], truncated[t, i] = done, out_of_time
             if out_of_time:
-                cut.append((i, picture, info))
+                cut[i] = picture, make_prompt(game, info, settings.cot)
             if done or out_of_time:
                 returns.append(game.episode_return)
                 successes.append(info["is_success"])
@@ -114,15 +119,14 @@ def collect(run, progress=lambda steps: None):
             states[i] = picture, info
         if cut:
             # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
-            last_prompts |= dict(zip([(t, i) for i, _, _ in cut], _encode(run, cut)))
+            last_prompts |= dict(zip([(t, i) for i in cut], policy.encode(*zip(*cut.values()))))
         progress(N)
-    index, text, by_name, _ = choices[0]
-    transcript = {"text": text, "action": games[0].legal_actions()[index], "named": by_name,
-                  "reward": rewards[-1, 0].item()}
+    transcript["reward"] = rewards[-1, 0].item()
 
     thought_logp, action_logp = score_rollout(policy, rollout, settings)
     values = rollout.old_values.view(L, N)
-    last_values = _values(run, _encode(run, [(i, *state) for i, state in enumerate(states)]))
+    texts = [make_prompt(game, info, settings.cot) for game, (_, info) in zip(games, states)]
+    last_values = _values(run, policy.encode([picture for picture, _ in states], texts))
     next_values = torch.cat([values[1:], last_values[None]])
     if last_prompts:
         for (t, i), value in zip(last_prompts, _values(run, list(last_prompts.values()))):
@@ -136,12 +140,6 @@ def collect(run, progress=lambda steps: None):
     return rollout, metrics, transcript
 
 
-def _encode(run, states):
-    """Prompts of [(game number, picture, info)]."""
-    texts = [make_prompt(run.games[i], info, run.settings.cot) for i, _, info in states]
-    return run.policy.encode([picture for _, picture, _ in states], texts)
-
-
 def _values(run, prompts):
     size = run.settings.micro_batch
     return torch.cat([run.policy.value(prompts[k:k + size]).cpu() for k in range(0, len(prompts), size)])
@@ -152,27 +150,32 @@ def _mean(numbers):
 
 
 def make_policy(settings):
-    """Load the model, fill in the settings that hang on its size, put the adapters on; settings are changed."""
+    """Return (policy, its base's name); the settings that hang on the model's size are filled in."""
     loaded = open_model(settings.model, settings.bits)
     settings.model, settings.bits = loaded.name, loaded.bits
-    size = "small" if loaded.model.config.text_config.hidden_size < 1024 else "large"
-    for name, value in BY_SIZE[size].items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-    lora = {"rank": settings.rank, "alpha": 2 * settings.rank, "parts": settings.lora_on}
     if loaded.adapters:
         lora = adapter_settings(loaded.adapters)
-        settings.rank, settings.lora_on = lora["rank"], lora["parts"]
+        for name, value in (("rank", lora["rank"]), ("lora_on", lora["parts"])):
+            if getattr(settings, name) not in (None, value):
+                raise ModelError(f"the adapters in {loaded.adapters} have {name} {value}: leave the flag out")
+            setattr(settings, name, value)
+    elif not is_small(loaded.model.config):
+        print("these are plain weights: without supervised fine-tuning first (sft.py) few answers may parse")
+    for name, value in defaults_for(loaded.model.config).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    if not loaded.adapters:
+        lora = {"rank": settings.rank, "alpha": 2 * settings.rank, "parts": settings.lora_on}
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature, seed=settings.seed,
                     gradient_checkpointing=settings.gradient_checkpointing)
     if loaded.adapters:
         policy.load(loaded.adapters)
-    return policy
+    return policy, loaded.base
 
 
-def train(settings, policy, folder, checkpoint=None):
+def train(run, folder, checkpoint=None):
     """Run from the beginning, or on from a checkpoint folder; return the held-out result at the end (or None)."""
-    run = Run(settings, policy)
+    settings, policy = run.settings, run.policy
     if checkpoint:
         run.load(checkpoint)
     for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl"):
@@ -215,7 +218,8 @@ def train(settings, policy, folder, checkpoint=None):
 def held_out(run, path):
     """Evaluate the present policy on held-out deals, with the run's own temperature, and write the result."""
     settings = run.settings
-    player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens)
+    player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
+                          batch=settings.play_batch)
     result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.envs,
                       settings.cot)
     path.write_text(json.dumps(result) + "\n")
@@ -230,7 +234,7 @@ def report(when, result):
 
 
 def draw_curve(folder):
-    """Redraw curve.png: success, return and reading rate over environment steps."""
+    """Redraw curve.png: success, parse rate and reading rate over environment steps."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -263,20 +267,22 @@ def _keep_lines(path, count):
 def main(arguments=None):
     settings, resume = read_settings(__doc__, arguments)
     folder = Path(settings.out)
+    again = f"python train.py --task {settings.task} --out {folder} --resume"
     try:
-        policy = make_policy(settings)
+        policy, base = make_policy(settings)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "config.part"
         part.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
         os.replace(part, folder / "config.json")
-        print(f"run folder: {folder}; stop it when you like and go on with: "
-              f"python train.py --task {settings.task} --out {folder} --resume")
-        train(settings, policy, folder, last_checkpoint(folder) if resume else None)
+        print(f"run folder: {folder}")
+        train(Run(settings, policy, base), folder, (checkpoints(folder) or [None])[-1] if resume else None)
+    except KeyboardInterrupt:
+        sys.exit(f"\ntrain.py: stopped; go on with: {again}")
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
-    except torch.cuda.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError:
         sys.exit(f"train.py: out of GPU memory; the last checkpoint is intact. Lower --micro-batch (now "
-                 f"{settings.micro_batch}) or use --bits 4. {error}")
+                 f"{settings.micro_batch}) or --play-batch (now {settings.play_batch}) and go on with: {again}")
 
 
 if __name__ == "__main__":
