@@ -3,8 +3,8 @@
     python pocket.py --out checkpoints/pocket
 
 Everything the 7B model goes through, it goes through: from_pretrained, 4 bits, LoRA, generate, score, PPO. It learns
-in two lessons on pictures drawn on the fly: first to say what a picture shows, then to answer in the games' format,
-with part of the action labels random (LABEL_NOISE), so that it starts RL about where the paper's LLaVA-sft did.
+in three lessons on pictures drawn on the fly: first to say what a picture shows; then to answer in the games' format;
+last, shortly, with so many random action labels that it starts RL about where the paper's LLaVA-sft did.
 It reads these games' pictures and nothing else; no claim about the 7B model follows from it.
 """
 
@@ -20,13 +20,16 @@ from transformers import (CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditi
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from env import GAMES
-from policy import Policy
+from policy import Policy, load_model
 from sft import captions, demonstrations, finetune, mixed
 
 SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens
 HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
-# Share of random action labels by game, set so that SFT ends near the paper's LLaVA-sft row (25, 3, 23, 23-35 %).
-LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
+# Share of random action labels by game. The second lesson is taught with EARLY_NOISE; the third, short, with
+# LABEL_NOISE, set so that at temperature 0.5 SFT ends near the paper's LLaVA-sft row (NumberLine 25 %, EZPoints 23,
+# Points24 3, Blackjack 23 to 35).
+EARLY_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
+LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.62, "blackjack": 0.85}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<s>"
@@ -85,44 +88,49 @@ def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISI
         return LlavaNextForConditionalGeneration(config)
 
 
-def lessons(seed, streams=16):
-    """Sources of the two lessons: captions of all games; answers, one stream in eight without thoughts.
+def answers(noise, seed, streams=16):
+    """Sources of answers of all games, one stream in eight without thoughts.
 
     Many streams a game keep the deals in a batch different; Points24 has most to learn and comes twice.
     """
-    reads = [captions(task, seed + i) for i in range(streams) for task in GAMES]
-    answers = [demonstrations(task, seed + i, LABEL_NOISE[task], cot=i % 8 > 0)
-               for i in range(streams) for task in (*GAMES, "points24")]
-    return reads, answers
+    return [demonstrations(task, seed + i, noise[task], cot=i % 8 > 0)
+            for i in range(streams) for task in (*GAMES, "points24")]
 
 
-def build(out, seed=0, caption_steps=500, answer_steps=2300, batch=64, lr=1e-3):
-    """Make and train the pocket model, write it to the folder `out` (weights in fp16: 3 MB)."""
+def build(out, seed=0, steps=(500, 2300, 300), batch=64, streams=16):
+    """Make the pocket model, teach it three lessons of so many steps, write it to the folder `out` (fp16: 3 MB)."""
     processor = make_processor(seed)
-    model = make_model(processor, seed)
-    policy = Policy(model, processor, parts=(), seed=seed)
+    policy = Policy(make_model(processor, seed), processor, parts=(), seed=seed)
     generator = np.random.default_rng(seed)
-    reads, answers = lessons(seed)
-    finetune(policy, mixed(reads, batch, generator), caption_steps, lr, title="reading")
-    finetune(policy, mixed(answers, batch, generator), answer_steps, lr, title="answering")
-    model.half().save_pretrained(out)
+    reads = [captions(task, seed + i) for i in range(streams) for task in GAMES]
+    finetune(policy, mixed(reads, batch, generator), steps[0], 1e-3, title="reading")
+    finetune(policy, mixed(answers(EARLY_NOISE, seed, streams), batch, generator), steps[1], 1e-3, title="answering")
+    policy.model.half().save_pretrained(out)
     processor.save_pretrained(out)
-    return policy
+    last_lesson(out, seed, steps[2], batch)
+
+
+def last_lesson(out, seed, steps, batch=64):
+    """Teach the model in the folder the start that RL is to have (LABEL_NOISE), from the fp16 weights on disk."""
+    policy = Policy(*load_model(str(out)), parts=(), seed=seed)
+    batches = mixed(answers(LABEL_NOISE, seed + 1000), batch, np.random.default_rng(seed + 1000))
+    finetune(policy, batches, steps, 5e-4, title="settling")
+    policy.model.half().save_pretrained(out)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--caption-steps", type=int, default=500)
-    parser.add_argument("--answer-steps", type=int, default=2300)
+    parser.add_argument("--steps", type=int, nargs=3, default=(500, 2300, 300), metavar=("READ", "ANSWER", "SETTLE"),
+                        help="steps of the three lessons [500 2300 300]")
     return parser
 
 
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
     begun = time.perf_counter()
-    build(options.out, options.seed, options.caption_steps, options.answer_steps)
+    build(options.out, options.seed, options.steps)
     print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task blackjack "
           f"--model {options.out}")
 

@@ -29,6 +29,7 @@ class Settings(PPOSettings):
     cot: bool = True                # False: the paper's ablation, the action alone
     max_new_tokens: int = 256       # the paper's
     lora_on: tuple = None           # the parts that learn; the paper's: all three
+    reward_scale: float = None      # of what GAE sees: brings every game's returns to about 1 (REWARD_SCALE)
     lr: float = None                # falls on a cosine to lr_end over the run's updates, and stays there
     lr_end: float = 1e-9            # the paper's
     rank: int = None                # LoRA's r; α = 2 r as in the paper
@@ -43,11 +44,15 @@ class Settings(PPOSettings):
         return self.steps // self.rollout
 
 
+# The formula games pay 10, the others 1. The policy loss does not care (advantages are normalised), the value's
+# share of the gradient does.
+REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
+
 # The paper's settings are for 7 billion parameters; a million learn at other ones (README, "Differs from the paper").
 BY_SIZE = {
     "large": {"lr": 1e-5, "rank": 128, "lora_on": tuple(PARTS), "temperature": 0.2,
               "micro_batch": 4, "play_batch": 16, "gradient_checkpointing": True},
-    "small": {"lr": 1.5e-4, "rank": 32, "lora_on": tuple(PARTS), "temperature": 0.5,
+    "small": {"lr": 2e-4, "rank": 32, "lora_on": tuple(PARTS), "temperature": 0.5,
               "micro_batch": 64, "play_batch": 64, "gradient_checkpointing": False},
 }
 
@@ -81,9 +86,10 @@ def make_parser(description=None):
     add("--cot-lambda", type=float, help="weight of the thoughts' log-probability, 0 to 1 [0.5]")
     add("--temperature", type=float, help="of sampling and of scoring [0.5 pocket, 0.2 else]")
     add("--max-new-tokens", type=int, help="longest answer [256]")
-    add("--lr", type=float, help="at the start, falling on a cosine [1.5e-4 pocket, 1e-5 else]")
+    add("--lr", type=float, help="at the start, falling on a cosine [2e-4 pocket, 1e-5 else]")
     add("--rank", type=int, help="of the LoRA adapters [32 pocket, 128 else]")
     add("--lora-on", type=lambda text: tuple(text.split(",")), help=f"which parts learn [{','.join(PARTS)}]")
+    add("--reward-scale", type=float, help="of what GAE sees [0.1 on the formula games, 1 else]")
     add("--gamma", type=float, help="discount [0.9]")
     add("--gae-lambda", type=float, help="[0.95]")
     add("--clip", type=float, help="PPO's epsilon [0.1]")
@@ -136,7 +142,7 @@ def _problem(s):
     for name in ("cot_lambda", "gamma", "gae_lambda", "clip"):
         if not 0 <= getattr(s, name) <= 1:
             return f"--{name.replace('_', '-')} must lie between 0 and 1"
-    for name in ("lr", "rank", "temperature", "micro_batch", "play_batch"):
+    for name in ("lr", "rank", "temperature", "micro_batch", "play_batch", "reward_scale"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             return f"--{name.replace('_', '-')} must be above 0"
     if s.rollout % s.envs:

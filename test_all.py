@@ -864,7 +864,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
 def make_run(shipped, task, **changes):
     options = run_settings.Settings(task=task, model="pocket", **({"rollout": 32, "envs": 16, "steps": 64, "rank": 8,
-                                    "lr": 1e-3, "temperature": 0.5, "micro_batch": 16, "play_batch": 64,
+                                    "lr": 1e-3, "temperature": 0.5, "reward_scale": 0.1, "micro_batch": 16, "play_batch": 64,
                                     "max_new_tokens": 80} | changes))
     agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=options.rank, seed=options.seed,
                    temperature=options.temperature)
@@ -912,7 +912,7 @@ def test_each_value_belongs_to_its_own_state(shipped):
             truncations += cut
             if done or cut:
                 twin.reset()
-    advantages, returns = ppo.gae(r, v, after, terminated, ended, 0.9, 0.95)
+    advantages, returns = ppo.gae(0.1 * r, v, after, terminated, ended, 0.9, 0.95)
     torch.testing.assert_close(rollout.old_values.view(L, N), v, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rollout.returns.view(L, N), returns, atol=1e-3, rtol=1e-3)
     assert truncations > 0

@@ -29,7 +29,7 @@ from lora import adapter_settings
 from parse import make_prompt
 from policy import ModelError, Policy, is_small, open_model
 from ppo import Rollout, gae, ppo_update, score_rollout
-from settings import defaults_for, learning_rate, read_settings
+from settings import REWARD_SCALE, defaults_for, learning_rate, read_settings
 
 
 class Run:
@@ -131,7 +131,8 @@ def collect(run, progress=lambda steps: None):
     if last_prompts:
         for (t, i), value in zip(last_prompts, _values(run, list(last_prompts.values()))):
             next_values[t, i] = value
-    advantages, targets = gae(rewards, values, next_values, terminated, truncated, settings.gamma, settings.gae_lambda)
+    advantages, targets = gae(rewards * settings.reward_scale, values, next_values, terminated, truncated,
+                              settings.gamma, settings.gae_lambda)
     rollout.advantages, rollout.returns = advantages.flatten(), targets.flatten()
     metrics = {"episodes": len(returns), "success": _mean(successes), "return_mean": _mean(returns),
                "parse_rate": _mean(named), "reading_rate": _mean(read),
@@ -161,7 +162,7 @@ def make_policy(settings):
             setattr(settings, name, value)
     elif not is_small(loaded.model.config):
         print("these are plain weights: without supervised fine-tuning first (sft.py) few answers may parse")
-    for name, value in defaults_for(loaded.model.config).items():
+    for name, value in (defaults_for(loaded.model.config) | {"reward_scale": REWARD_SCALE[settings.task]}).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     if not loaded.adapters:
