@@ -864,8 +864,8 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
 def make_run(shipped, task, **changes):
     options = run_settings.Settings(task=task, model="pocket", **({"rollout": 32, "envs": 16, "steps": 64, "rank": 8,
-                                    "lr": 1e-3, "temperature": 0.5, "reward_scale": 0.1, "micro_batch": 16, "play_batch": 64,
-                                    "max_new_tokens": 80} | changes))
+                                    "lr": 1e-3, "temperature": 0.5, "reward_scale": 0.1, "micro_batch": 16,
+                                    "play_batch": 64, "max_new_tokens": 80} | changes))
     agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=options.rank, seed=options.seed,
                    temperature=options.temperature)
     return train.Run(options, agent)
