@@ -113,8 +113,9 @@ def read_settings(description, arguments=None):
     config = Path(given.get("out", "")) / "config.json"
     if resume and "out" in given and config.exists():
         stored = json.loads(config.read_text())
-        stored["lora_on"] = tuple(stored["lora_on"])
-        free = {"out", "micro_batch", "play_batch", "save_every"}         # these change no result (but by rounding)
+        stored["lora_on"] = stored["lora_on"] and tuple(stored["lora_on"])
+        # for memory's sake these may change: sums round otherwise, and another play_batch draws other tokens
+        free = {"out", "micro_batch", "play_batch", "save_every"}
         other = [key for key, value in given.items() if key not in free and stored[key] != value]
         if other:
             parser.error(f"--resume goes on with the run's own settings; {config} has another {', '.join(other)}: "
@@ -122,13 +123,13 @@ def read_settings(description, arguments=None):
         return Settings(**(stored | {key: value for key, value in given.items() if key in free})), True
     if "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
-    if config.exists():
-        parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")
     if resume:
         print(f"there is no run in {config.parent} yet: this starts one")
     settings = Settings(**given)
     if problem := _problem(settings):
         parser.error(problem)
+    if config.exists():
+        parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")
     return settings, False
 
 
