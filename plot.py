@@ -79,6 +79,20 @@ def table():
     return "\n".join(lines)
 
 
+def decisions():
+    """How often each Blackjack policy hits, by total, in Markdown: what the average does not show."""
+    keys = {"hit_rate_to_11": "on 4 to 11", "hit_rate_12_to_16": "on 12 to 16", "hit_rate_from_17": "on 17 to 21"}
+    lines = [f"| hits | {' | '.join(keys.values())} | wins |", "|---|---|---|---|---|"]
+    rows = [("the exact best play for wins", RESULTS / "baselines" / "blackjack-expert.json")]
+    for folder in runs_of("blackjack"):
+        rows += [(f"{folder.name}, SFT start", folder / "eval_start.json"), (f"{folder.name}, RL", folder / "eval.json")]
+    for name, path in rows:
+        result = read(path)
+        shares = " | ".join(f"{100 * result[key]:.0f} %" for key in keys)
+        lines.append(f"| {name} | {shares} | {100 * result['success']:.1f} % |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     draw_curves(RESULTS / "curves.png")
-    print(table())
+    print(table(), decisions(), sep="\n\n")

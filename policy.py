@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -191,7 +190,7 @@ class Policy(nn.Module):
         """Train mode is only for gradient checkpointing, which transformers does in no other."""
         self.model.train(on)
         for module in self.model.modules():
-            if isinstance(module, Linear4bit):
+            if type(module).__name__ == "Linear4bit":       # by name: bitsandbytes is not imported without need
                 module.train()      # subtle: its eval mode takes a CPU kernel that passes no gradient on
 
     @property

@@ -463,6 +463,18 @@ def test_demonstrations_are_seeded_and_as_noisy_as_asked(task):
     assert sum((labels[x] - 300 / len(actions)) ** 2 / (300 / len(actions)) for x in actions) < 3 * len(actions) + 10
 
 
+def test_the_pocket_recipe_is_seeded(shipped, tiny):
+    """The tokenizer is rebuilt token for token; fine-tuning from one seed ends at the same weights, bit for bit."""
+    assert pocket.make_tokenizer(seed=0).get_vocab() == shipped[1].tokenizer.get_vocab()
+    ends = []
+    for _ in range(2):
+        agent = Policy(*load_model(str(tiny)), parts=())
+        batches = sft.mixed(pocket.answers(pocket.LABEL_NOISE, 0, streams=1), 8, np.random.default_rng(0))
+        losses = sft.finetune(agent, batches, 4, 1e-3)
+        ends.append([losses, *(p.detach().clone() for p in agent.model.parameters())])
+    assert ends[0][0] == ends[1][0] and all(torch.equal(a, b) for a, b in zip(ends[0][1:], ends[1][1:]))
+
+
 # ---- policy.py, lora.py ----------------------------------------------------------------------------------------------
 def test_lora_is_the_dense_product_and_starts_as_identity():
     generator = torch.Generator().manual_seed(0)
