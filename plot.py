@@ -85,7 +85,8 @@ def decisions():
     lines = [f"| hits | {' | '.join(keys.values())} | wins |", "|---|---|---|---|---|"]
     rows = [("the exact best play for wins", RESULTS / "baselines" / "blackjack-expert.json")]
     for folder in runs_of("blackjack"):
-        rows += [(f"{folder.name}, SFT start", folder / "eval_start.json"), (f"{folder.name}, RL", folder / "eval.json")]
+        rows += [(f"{folder.name}: SFT start", folder / "eval_start.json"),
+                 (f"{folder.name}: after RL", folder / "eval.json")]
     for name, path in rows:
         result = read(path)
         shares = " | ".join(f"{100 * result[key]:.0f} %" for key in keys)

@@ -29,7 +29,7 @@ HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
 # LABEL_NOISE, set so that at temperature 0.5 SFT ends near the paper's LLaVA-sft row (NumberLine 25 %, EZPoints 23,
 # Points24 3, Blackjack 23 to 35).
 EARLY_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
-LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.62, "blackjack": 0.85}
+LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.53, "blackjack": 0.85}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<s>"

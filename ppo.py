@@ -24,6 +24,7 @@ class PPOSettings:
     epochs: int = 4                 # passes over a rollout; the paper's
     minibatch: int = 128            # answers an optimiser step; the paper's
     micro_batch: int = None         # answers a forward pass: memory only, the gradients are the minibatch's
+    target_kl: float = None         # an update ends when a minibatch's approximate KL exceeds this; 0: never
     max_grad_norm: float = 1.0      # gradients are scaled down to this norm
 
 
@@ -134,10 +135,12 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
     # The paper's code normalises over the rollout, not over the minibatch.
     advantages = (rollout.advantages - rollout.advantages.mean()) / (rollout.advantages.std() + 1e-8)
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
-    history = []
+    history, stopped = [], False
     for epoch in range(settings.epochs):
         order = torch.randperm(S, generator=generator).tolist()
         for start in range(0, S, settings.minibatch):
+            if stopped:
+                break
             batch = order[start:start + settings.minibatch]
             optimizer.zero_grad(set_to_none=True)
             sums = torch.zeros(4)
@@ -164,11 +167,13 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
                 raise FloatingPointError(
                     f"the gradient's norm is {grad_norm.item()} in epoch {epoch}, minibatch "
                     f"{start // settings.minibatch}, samples {batch[:8]} …: try a smaller --lr or --bits 32.")
-            optimizer.step()
             history.append([*sums.tolist(), grad_norm.item()])
+            stopped = bool(settings.target_kl) and sums[2].item() > settings.target_kl
+            if not stopped:
+                optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     means = torch.tensor(history).mean(0).tolist()
-    return {**dict(zip(names, means)),
+    return {**dict(zip(names, means)), "minibatches": len(history),
             "explained_variance": explained_variance(rollout.old_values, rollout.returns)}
 
 

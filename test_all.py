@@ -844,6 +844,17 @@ def test_ppo_teaches_a_bandit():
     assert set(diagnostics) >= {"approx_kl", "clip_fraction", "explained_variance", "grad_norm"}
 
 
+def test_an_update_ends_at_its_target_kl():
+    """A step that overshoots is the last one: without a target all 8 minibatches are taken, with one fewer."""
+    taken = {}
+    for target in (0.0, 0.02):
+        policy, options = Bandit(), ppo.PPOSettings(micro_batch=32, minibatch=32, cot_lambda=1.0, target_kl=target)
+        rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+        taken[target] = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=2.0), rollout, options,
+                                       torch.Generator().manual_seed(0))["minibatches"]
+    assert taken[0.0] == 8 and 1 < taken[0.02] < 8
+
+
 def test_micro_batches_add_up_to_the_minibatch(agent, shipped):
     """One optimiser step on 10 answers: whole, or in micro-batches of 3."""
     steps = []
