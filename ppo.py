@@ -135,46 +135,44 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
     # The paper's code normalises over the rollout, not over the minibatch.
     advantages = (rollout.advantages - rollout.advantages.mean()) / (rollout.advantages.std() + 1e-8)
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
-    history, stopped = [], False
-    for epoch in range(settings.epochs):
-        order = torch.randperm(S, generator=generator).tolist()
-        for start in range(0, S, settings.minibatch):
-            if stopped:
-                break
-            batch = order[start:start + settings.minibatch]
-            optimizer.zero_grad(set_to_none=True)
-            sums = torch.zeros(4)
-            for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, batch):
-                logp, mask, values = policy.logprobs(*_gather(rollout, group))
-                device = logp.device
-                new = answer_logprob(logp, mask, _starts(rollout, group, device), settings.cot_lambda)
-                p_loss, kl, clipped = policy_loss(new, rollout.old_logp[group].to(device),
-                                                  advantages[group].to(device), settings.clip)
-                v_loss = value_loss(values, rollout.old_values[group].to(device), rollout.returns[group].to(device),
-                                    settings.value_clip)
-                loss = p_loss + settings.value_coef * v_loss
-                if not torch.isfinite(loss):
-                    bad = [i for i, x, v in zip(group, new.tolist(), values.tolist()) if not abs(x + v) < float("inf")]
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} in epoch {epoch}, minibatch {start // settings.minibatch}, samples "
-                        f"{bad or group}: the last checkpoint is intact. Try a smaller --lr or --bits 32.")
-                # subtle: weighted by its share, so that accumulated micro-batches give the minibatch's mean
-                share = len(group) / len(batch)
-                (loss * share).backward()
-                sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"the gradient's norm is {grad_norm.item()} in epoch {epoch}, minibatch "
-                    f"{start // settings.minibatch}, samples {batch[:8]} …: try a smaller --lr or --bits 32.")
-            history.append([*sums.tolist(), grad_norm.item()])
-            stopped = bool(settings.target_kl) and sums[2].item() > settings.target_kl
-            if not stopped:
-                optimizer.step()
+    orders = [torch.randperm(S, generator=generator).tolist() for _ in range(settings.epochs)]
+    batches = [order[k:k + settings.minibatch] for order in orders for k in range(0, S, settings.minibatch)]
+    history = []
+    for number, batch in enumerate(batches):
+        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(4)
+        for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, batch):
+            logp, mask, values = policy.logprobs(*_gather(rollout, group))
+            device = logp.device
+            new = answer_logprob(logp, mask, _starts(rollout, group, device), settings.cot_lambda)
+            old = rollout.old_logp[group].to(device)
+            p_loss, kl, clipped = policy_loss(new, old, advantages[group].to(device), settings.clip)
+            v_loss = value_loss(values, rollout.old_values[group].to(device), rollout.returns[group].to(device),
+                                settings.value_clip)
+            loss = p_loss + settings.value_coef * v_loss
+            if not torch.isfinite(loss):
+                bad = [i for i, fine in zip(group, (new - old + values).isfinite().tolist()) if not fine]
+                _not_finite(f"loss is {loss.item()}", number, bad or group)
+            # subtle: weighted by its share, so that accumulated micro-batches give the minibatch's mean
+            share = len(group) / len(batch)
+            (loss * share).backward()
+            sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            _not_finite(f"gradient's norm is {grad_norm.item()}", number, batch)
+        history.append([*sums.tolist(), grad_norm.item()])
+        if settings.target_kl and sums[2].item() > settings.target_kl:
+            break                                           # too far from the policy that sampled: no further step
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     means = torch.tensor(history).mean(0).tolist()
     return {**dict(zip(names, means)), "minibatches": len(history),
             "explained_variance": explained_variance(rollout.old_values, rollout.returns)}
+
+
+def _not_finite(what, number, samples):
+    raise FloatingPointError(f"the {what} in minibatch {number} of the update, samples {samples[:8]}: the last "
+                             "checkpoint is intact; start a new run (--out) with a smaller --lr or --bits 32")
 
 
 def _gather(rollout, group):

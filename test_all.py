@@ -878,10 +878,9 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=32)
     rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
     rollout.old_logp[5] = -torch.inf
-    before = policy.logits.detach().clone()
-    with pytest.raises(FloatingPointError, match=r"samples .*try a smaller --lr|samples .*Try a smaller --lr"):
+    with pytest.raises(FloatingPointError, match=r"samples \[5\].*smaller --lr"):
         ppo.ppo_update(policy, torch.optim.Adam(policy.parameters()), rollout, options, torch.Generator())
-    assert torch.equal(before, policy.logits) or torch.isfinite(policy.logits).all()
+    assert torch.isfinite(policy.logits).all()
 
 
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
