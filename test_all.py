@@ -874,13 +874,15 @@ def test_micro_batches_add_up_to_the_minibatch(agent, shipped):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=32)
+@pytest.mark.parametrize("value, message", [(torch.nan, r"loss is nan.*samples \[5\].*smaller --lr"),
+                                            (-torch.inf, r"gradient's norm is nan.*smaller --lr")])
+def test_what_is_not_finite_stops_the_run_before_a_step(value, message):
+    policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=64)
     rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
-    rollout.old_logp[5] = -torch.inf
-    with pytest.raises(FloatingPointError, match=r"samples \[5\].*smaller --lr"):
+    rollout.old_logp[5], rollout.advantages[5] = value, 2.0             # ratio nan, or infinite and clipped
+    with pytest.raises(FloatingPointError, match=message):
         ppo.ppo_update(policy, torch.optim.Adam(policy.parameters()), rollout, options, torch.Generator())
-    assert torch.isfinite(policy.logits).all()
+    assert policy.logits.tolist() == [0.0, 0.0]
 
 
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
