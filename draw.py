@@ -184,7 +184,7 @@ def put_hand(canvas, cards, y):
     """Lay a row of cards, [(rank, suit), …], fanned so that every corner index stays visible.
 
     Seven cards fit side by side at 32 px each. The rare longer hand has rows of seven 40 px apart, each over the one
-    before; y is the top of the last row if that is in the lower half of the table, else of the first.
+    before; y is the top of the first row for the dealer (upper half of the table), of the last row for the player.
     """
     rows = (len(cards) - 1) // 7
     top = y - 40 * rows if y > SIZE // 2 else y

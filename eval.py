@@ -108,16 +108,16 @@ def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
     games = [GAMES[task]() for _ in range(min(envs, episodes))]
-    numbers = list(range(len(games)))                           # which episode each game plays
-    states = [game.reset(seed=seed + number) for game, number in zip(games, numbers)]
+    episode_of = list(range(len(games)))                           # which episode each game plays
+    states = [game.reset(seed=seed + number) for game, number in zip(games, episode_of)]
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     named, agreed, read, hits = [], [], [], {}
-    following = len(games)
+    next_episode = len(games)
     while games:
         moves = player(games, [picture for picture, _ in states], [info for _, info in states])
-        still = []
+        playing_on = []
         for i, (game, number, (picture, info), (index, text, by_name)) in enumerate(
-                zip(games, numbers, states, moves)):
+                zip(games, episode_of, states, moves)):
             action = game.legal_actions()[index]
             agreed.append(action == expert_action(task, info))
             if text is not None:
@@ -134,13 +134,13 @@ def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
                 success[number], goals[number] = info["is_success"], reward > 0
                 if watch:
                     watch(picture, None, None, number)
-                if following == episodes:
+                if next_episode == episodes:
                     continue
-                numbers[i], following = following, following + 1
-                picture, info = game.reset(seed=seed + numbers[i])
+                episode_of[i], next_episode = next_episode, next_episode + 1
+                picture, info = game.reset(seed=seed + episode_of[i])
             states[i] = picture, info
-            still.append(i)
-        games, numbers, states = ([part[i] for i in still] for part in (games, numbers, states))
+            playing_on.append(i)
+        games, episode_of, states = ([part[i] for i in playing_on] for part in (games, episode_of, states))
     low, high = wilson(success.sum(), episodes)
     result = {"task": task, "episodes": episodes, "seed": seed, "steps": len(agreed),
               "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
@@ -220,6 +220,7 @@ def make_parser():
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=10_000, help="episode k is dealt by seed + k")
     parser.add_argument("--envs", type=int, default=64, help="games side by side")
+    parser.add_argument("--play-batch", type=int, help="answers generated at once [the run's; 64 pocket, 16 else]")
     parser.add_argument("--bits", default="auto", choices=["auto", "4", "16", "32"])
     parser.add_argument("--no-cot", action="store_true", help="ask for the action alone (a run brings its own setting)")
     parser.add_argument("--temperature", type=float, help="of --model [0.5 pocket, 0.2 else; a run brings its own]")
@@ -233,12 +234,14 @@ def make_parser():
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
     try:
-        cot, batch = not options.no_cot, options.envs
-        for name in ("episodes", "envs", "max_new_tokens"):
+        cot = not options.no_cot
+        for name in ("episodes", "envs", "max_new_tokens", "play_batch"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
         if options.seed < 0:
             raise ValueError("--seed must not be negative")
+        if not options.model and (options.temperature is not None or options.no_cot or options.bits != "auto"):
+            raise ValueError("--temperature, --no-cot and --bits are for --model: a run has its own, a policy none")
         if options.render and not options.render.endswith(".gif"):
             raise ValueError(f"--render writes a GIF: call it {Path(options.render).stem}.gif")
         for file in filter(None, (options.out, options.render)):
@@ -251,18 +254,17 @@ def main(arguments=None):
                 cot, name, longest, batch = (settings[key] for key in ("cot", "out", "max_new_tokens", "play_batch"))
                 if settings["task"] != options.task:
                     print(f"note: {name} was trained on {settings['task']}")
-                if options.temperature or options.no_cot or options.bits != "auto":
-                    raise ValueError("a run brings its own --temperature, --no-cot and --bits: leave them out")
             else:
                 policy, name = open_start(options.model, options.bits, options.temperature)
-                longest = 256
-            player = model_player(policy, options.seed, cot, options.max_new_tokens or longest, options.greedy, batch)
+                longest, batch = 256, defaults_for(policy.model.config)["play_batch"]
+            player = model_player(policy, options.seed, cot, options.max_new_tokens or longest, options.greedy,
+                                  options.play_batch or batch)
         film = Film() if options.render else None
         result = evaluate(player, options.task, options.episodes, options.seed, options.envs, cot, film)
     except (ModelError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit(f"eval.py: out of GPU memory: lower --envs (now {options.envs}) or use --bits 4")
+        sys.exit("eval.py: out of GPU memory: lower --play-batch (answers generated at once), or use --bits 4")
     result = {"policy": name, **result}
     for key, value in result.items():
         if not isinstance(value, dict):

@@ -60,7 +60,8 @@ def choose(text, actions, generator):
 
     generator: a numpy Generator, drawn from only for the uniform fallback.
 
-    subtle: an answer that names no action is still what the policy did, so PPO scores its tokens like any other's.
+    subtle: an answer that names no action is still what the policy did, so PPO scores its tokens like any other's
+    (all as thoughts, where there is no `"action":` key).
     The uniform draw adds log 1/|A| to old and new log-probability alike, and so nothing to their ratio.
     """
     action, start = parse(text, actions)

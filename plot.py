@@ -1,4 +1,4 @@
-"""Redraws every figure and the table of the README from the files in results/, and from nothing else.
+"""Redraws every figure and table of the README: what was measured here from results/, the rest from PAPER below.
 
     python plot.py                      # writes results/curves.png, prints the table
 
@@ -16,7 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 
 RESULTS = Path(__file__).parent / "results"
-# Success in %, from the paper's tables (peaks of training curves), and the exact ceilings (see README).
+# Success in %: the paper's tables (peaks of training curves) and the exact ceilings (the share of solvable deals,
+# expert.blackjack_value_of_game).
 PAPER = {"numberline": {"LLaVA-sft": 24.8, "RL": 89.4, "no CoT": 26.9, "ceiling": 100.0},
          "ezpoints": {"LLaVA-sft": 23.0, "RL": 50.0, "no CoT": 29.9, "ceiling": 100.0},
          "points24": {"LLaVA-sft": 2.6, "RL": 2.3, "no CoT": 0.0, "ceiling": 73.1},
@@ -60,7 +61,7 @@ def draw_curves(path):
 
 
 def table():
-    """The main table in Markdown: held-out success in %, with 95 % intervals where there is one run."""
+    """The main table in Markdown: a row per run, held-out success in % with its 95 % interval."""
     lines = ["| task | random | exact ceiling | the paper: SFT → RL | here: SFT start | here: RL | minutes | files |",
              "|---|---|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():

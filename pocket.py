@@ -1,6 +1,6 @@
 """A LLaVA for two CPU cores, made from nothing: same classes, same folder layout, 1.5 million parameters.
 
-    python pocket.py --out checkpoints/pocket
+    python pocket.py --out runs/my-pocket              # about half an hour; checkpoints/pocket holds the result
 
 Everything the 7B model goes through, it goes through: from_pretrained, 4 bits, LoRA, generate, score, PPO. It learns
 in three lessons on pictures drawn on the fly: first to say what a picture shows; then to answer in the games' format;
@@ -11,6 +11,7 @@ It reads these games' pictures and nothing else; no claim about the 7B model fol
 import argparse
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from sft import captions, demonstrations, finetune, mixed
 SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens
 HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
 # Share of random action labels by game. The second lesson is taught with EARLY_NOISE; the third, short, with
-# LABEL_NOISE, set so that at temperature 0.5 SFT ends near the paper's LLaVA-sft row (NumberLine 25 %, EZPoints 23,
-# Points24 3, Blackjack 23 to 35).
+# LABEL_NOISE, set so that at temperature 0.5 SFT ends near the paper's LLaVA-sft row: NumberLine 25 %, EZPoints 23,
+# Points24 3, and for Blackjack (23, below random play) at random play's 28.
 EARLY_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
 LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.53, "blackjack": 0.85}
 
@@ -42,7 +43,7 @@ PIECES = Regex(r"""[ ,.:{}"]*["{}]| ?[A-Za-z]+| ?[0-9]+|\n| ?[^A-Za-z0-9]""")
 
 
 def make_tokenizer(seed=0):
-    """Train a byte-level BPE on the games' own prompts and answers: 500 tokens, the same for the same seed."""
+    """Train a byte-level BPE on the games' own prompts and answers: at most 512 tokens, the same for the same seed."""
     texts = []
     for task, cot in itertools.product(GAMES, (True, False)):
         texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), 1500)
@@ -128,7 +129,12 @@ def make_parser():
 
 
 def main(arguments=None):
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if Path(options.out).exists() and (Path(options.out).is_file() or any(Path(options.out).iterdir())):
+        parser.error(f"{options.out} is not empty: choose another --out")
+    if options.seed < 0 or min(options.steps) < 1:
+        parser.error("--seed must not be negative, --steps 1 or more")
     begun = time.perf_counter()
     build(options.out, options.seed, options.steps)
     print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task blackjack "

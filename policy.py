@@ -145,7 +145,11 @@ class Prompt:
 
 
 class Policy(nn.Module):
-    """See the file's header. temperature divides the logits in sampling and in scoring alike."""
+    """See the file's header.
+
+    parts: what gets adapters of rank r and α = 2 r while all else is frozen; () is no adapters, all weights learn.
+    temperature divides the logits in sampling and in scoring alike.
+    """
 
     def __init__(self, model, processor, rank=32, alpha=None, parts=tuple(PARTS), temperature=1.0, seed=0,
                  gradient_checkpointing=False):
@@ -198,7 +202,7 @@ class Policy(nn.Module):
         return self.forbidden.device
 
     def trainable(self):
-        """[(name, parameter)] that learn: the adapters and the value head, in a fixed order."""
+        """[(name, parameter)] that learn, in a fixed order: the adapters (without any: all weights), the value head."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     # -- in: pictures and texts to tensors

@@ -22,8 +22,8 @@ class PPOSettings:
     value_clip: float = 0.1         # how far a value may move an update; the paper's; 0 for no limit
     value_coef: float = 0.5         # the paper's
     epochs: int = 4                 # passes over a rollout; the paper's
-    minibatch: int = 128            # answers an optimiser step; the paper's
-    micro_batch: int = None         # answers a forward pass: memory only, the gradients are the minibatch's
+    minibatch: int = 128            # answers per optimiser step; the paper's
+    micro_batch: int = None         # answers per forward pass: memory only, the gradients are the minibatch's
     target_kl: float = None         # an update ends when a minibatch's approximate KL exceeds this; 0: never
     max_grad_norm: float = 1.0      # gradients are scaled down to this norm
 
@@ -110,7 +110,10 @@ def by_length(prompts, responses, size, indices=None):
 
 @torch.no_grad()
 def score_rollout(policy, rollout, settings):
-    """Fill old_logp and old_values by `policy.logprobs`; return an answer's mean (thought, action) log-probability."""
+    """Fill old_logp and old_values by `policy.logprobs`; return two diagnostics.
+
+    They are the (thoughts', action part's) log-probability: summed over tokens, mean over answers, not λ-weighted.
+    """
     S = len(rollout.responses)
     rollout.old_logp, rollout.old_values = torch.zeros(S), torch.zeros(S)
     sums = torch.zeros(2)

@@ -17,14 +17,17 @@ from ppo import PPOSettings
 
 @dataclass
 class Settings(PPOSettings):
-    """A run, whole: what config.json holds. A None is filled in by the size of the model (BY_SIZE)."""
+    """A run, whole: what config.json holds, the fields of ppo.PPOSettings first.
+
+    A None is filled in by the model's size (BY_SIZE), by the task (REWARD_SCALE), `out` from task and seed.
+    """
     task: str = "blackjack"
     model: str = "auto"
     bits: str = "auto"
     out: str = None                 # runs/TASK-seedN
     seed: int = 1
     steps: int = 15_000             # environment steps in all; the paper's
-    rollout: int = 512              # environment steps an update; the paper's (1024 on the formula games)
+    rollout: int = 512              # environment steps per update; the paper's (1024 on the formula games)
     envs: int = 64                  # games side by side
     cot: bool = True                # False: the paper's ablation, the action alone
     max_new_tokens: int = 256       # the paper's
@@ -36,7 +39,7 @@ class Settings(PPOSettings):
     temperature: float = None       # in sampling and in scoring
     gradient_checkpointing: bool = None     # less memory for more time
     play_batch: int = None          # answers generated at once: memory only
-    save_every: int = 1             # updates a checkpoint
+    save_every: int = 1             # a checkpoint every so many updates
     eval_episodes: int = 1000       # held-out games at the start and at the end; 0 for none
     eval_seed: int = 10_000         # dealt by this seed and the following ones
 
@@ -80,7 +83,7 @@ def make_parser(description=None):
     add("--resume", action="store_true", help="go on from the run folder's last checkpoint, with its settings")
     add("--seed", type=int, help="fixes the whole run [1]")
     add("--steps", type=int, help="environment steps in all [15000]")
-    add("--rollout", type=int, help="environment steps an update [512]")
+    add("--rollout", type=int, help="environment steps per update [512]")
     add("--envs", type=int, help="games side by side; divides --rollout [64]")
     add("--no-cot", dest="cot", action="store_false", help="ask for the action alone (the paper's ablation)")
     add("--cot-lambda", type=float, help="weight of the thoughts' log-probability, 0 to 1 [0.5]")
@@ -96,10 +99,10 @@ def make_parser(description=None):
     add("--value-clip", type=float, help="how far a value may move an update, 0 for no limit [0.1]")
     add("--target-kl", type=float, help="a KL beyond this ends an update; 0: none does [0.1 pocket, 0 else]")
     add("--epochs", type=int, help="passes over a rollout [4]")
-    add("--minibatch", type=int, help="answers an optimiser step [128]")
-    add("--micro-batch", type=int, help="answers a forward pass: lower it when memory runs out [64 pocket, 4 else]")
+    add("--minibatch", type=int, help="answers per optimiser step [128]")
+    add("--micro-batch", type=int, help="answers per forward pass: lower it when memory runs out [64 pocket, 4 else]")
     add("--play-batch", type=int, help="answers generated at once: lower it when memory runs out [64 pocket, 16 else]")
-    add("--save-every", type=int, help="updates a checkpoint [1]")
+    add("--save-every", type=int, help="save a checkpoint every so many updates [1]")
     add("--eval-episodes", type=int, help="held-out games before and after; 0 for none [1000]")
     return parser
 
@@ -117,10 +120,11 @@ def read_settings(description, arguments=None):
         stored["lora_on"] = stored["lora_on"] and tuple(stored["lora_on"])
         # for memory's sake these may change: sums round otherwise, and another play_batch draws other tokens
         free = {"out", "micro_batch", "play_batch", "save_every"}
-        other = [key for key, value in given.items() if key not in free and stored[key] != value]
+        other = [key for key, value in given.items() if key not in free and value not in (stored[key], "auto")]
         if other:
-            parser.error(f"--resume goes on with the run's own settings; {config} has another {', '.join(other)}: "
-                         "leave them out, or start a new run with --out")
+            parser.error(f"--resume goes on with the run's own settings: {config} has "
+                         f"{', '.join(f'{key} {stored[key]}, not {given[key]}' for key in other)}. Leave these flags "
+                         "out (--micro-batch, --play-batch, --save-every may change), or start a new run with --out")
         return Settings(**(stored | {key: value for key, value in given.items() if key in free})), True
     if "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))

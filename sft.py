@@ -1,11 +1,12 @@
 """Supervised fine-tuning on an expert's demonstrations: teaches a model the answer's format before RL.
 
     python sft.py --task blackjack --model pocket --label-noise 0.5 --out runs/blackjack-sft
-    python sft.py --task numberline --model llava-hf/llava-v1.6-mistral-7b-hf --bits 4 --steps 2500 --out runs/sft-7b
+    python sft.py --task numberline --model llava-hf/llava-v1.6-mistral-7b-hf --bits 4 --steps 780 --out runs/sft-7b
 
 The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses.
---label-noise is the share of action labels replaced by uniformly random ones: 1.0 teaches reading and format but no
-play, so that RL starts where the paper's SFT stood. LoRA adapters by default; --full trains all weights.
+That is at temperature 1; playing and PPO then sharpen with their own. --label-noise is the share of action labels
+replaced by uniformly random ones: 1.0 teaches reading and format but random play; pocket.LABEL_NOISE has the shares
+that start near the paper's SFT row. LoRA adapters by default; --full trains all weights.
 """
 
 import argparse

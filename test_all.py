@@ -1028,7 +1028,7 @@ def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(tmp_path, ca
     assert resume and found.task == "ezpoints" and found.seed == 4
     with pytest.raises(SystemExit):
         run_settings.read_settings("", ["--out", str(tmp_path), "--resume", "--seed", "5"])
-    assert "another seed" in capsys.readouterr().err
+    assert "seed 4, not 5" in capsys.readouterr().err
 
 
 def test_evaluation_agrees_with_exact_values(tmp_path, capsys):

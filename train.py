@@ -1,6 +1,6 @@
 """RL fine-tuning of a vision-language model on a card game: the whole of RL4VLM in one loop.
 
-    python train.py --task blackjack                       # two CPU cores: the pocket model; a 24 GB GPU: LLaVA-1.6-7B
+    python train.py --task blackjack                       # two CPU cores: the pocket model; a 20 GB GPU: LLaVA-1.6-7B
     python train.py --task numberline --no-cot --seed 2
     python train.py --task points24 --out runs/p24 --resume
 
@@ -90,8 +90,8 @@ def collect(run, progress=lambda steps: None):
     settings, policy, games = run.settings, run.policy, run.games
     L, N = settings.rollout // settings.envs, settings.envs
     rollout = Rollout()
-    rewards, terminated, truncated = torch.zeros(3, L, N)                       # each (L, N)
-    last_prompts = {}                                                           # (t, game) → Prompt, where truncated
+    rewards, terminated, truncated = torch.zeros(3, L, N)   # each (L, N): L steps of N games
+    cut_off = []                                            # (t, game, last picture, its v_in) of truncated episodes
     returns, successes, named, read = [], [], [], []
     states = [game.observe() for game in games]
     for t in range(L):
@@ -103,7 +103,6 @@ def collect(run, progress=lambda steps: None):
         rollout.action_starts += [start for _, _, _, start in choices]
         transcript = {"text": choices[0][1], "action": games[0].legal_actions()[choices[0][0]],
                       "named": choices[0][2]}
-        cut = {}                                                                # game → (picture, v_in) it was cut at
         for i, (game, (index, text, by_name, _)) in enumerate(zip(games, choices)):
             named.append(by_name)
             if settings.cot:
@@ -111,15 +110,13 @@ def collect(run, progress=lambda steps: None):
             picture, rewards[t, i], done, out_of_time, info = game.step(index)
             terminated[t, i], truncated[t, i] = done, out_of_time
             if out_of_time:
-                cut[i] = picture, make_prompt(game, info, settings.cot)
+                # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
+                cut_off.append((t, i, picture, make_prompt(game, info, settings.cot)))
             if done or out_of_time:
                 returns.append(game.episode_return)
                 successes.append(info["is_success"])
                 picture, info = game.reset()
             states[i] = picture, info
-        if cut:
-            # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
-            last_prompts |= dict(zip([(t, i) for i in cut], policy.encode(*zip(*cut.values()))))
         progress(N)
     transcript["reward"] = rewards[-1, 0].item()
 
@@ -128,9 +125,9 @@ def collect(run, progress=lambda steps: None):
     texts = [make_prompt(game, info, settings.cot) for game, (_, info) in zip(games, states)]
     last_values = _values(run, policy.encode([picture for picture, _ in states], texts))
     next_values = torch.cat([values[1:], last_values[None]])
-    if last_prompts:
-        for (t, i), value in zip(last_prompts, _values(run, list(last_prompts.values()))):
-            next_values[t, i] = value
+    if cut_off:
+        when, which, pictures, texts = zip(*cut_off)
+        next_values[when, which] = _values(run, policy.encode(pictures, texts))
     advantages, targets = gae(rewards * settings.reward_scale, values, next_values, terminated, truncated,
                               settings.gamma, settings.gae_lambda)
     rollout.advantages, rollout.returns = advantages.flatten(), targets.flatten()
@@ -219,6 +216,7 @@ def train(run, folder, checkpoint=None):
 def held_out(run, path):
     """Evaluate the present policy on held-out deals, with the run's own temperature, and write the result."""
     settings = run.settings
+    print(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …", flush=True)
     player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                           batch=settings.play_batch)
     result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.envs,
@@ -265,10 +263,15 @@ def _keep_lines(path, count):
         os.replace(part, path)
 
 
+def _how_to_go_on(settings, folder):
+    if (folder / "config.json").exists():
+        return f"go on with: python train.py --task {settings.task} --out {folder} --resume"
+    return "nothing was saved yet: start it again with the same command"
+
+
 def main(arguments=None):
     settings, resume = read_settings(__doc__, arguments)
     folder = Path(settings.out)
-    again = f"python train.py --task {settings.task} --out {folder} --resume"
     try:
         policy, base = make_policy(settings)
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,12 +281,13 @@ def main(arguments=None):
         print(f"run folder: {folder}")
         train(Run(settings, policy, base), folder, (checkpoints(folder) or [None])[-1] if resume else None)
     except KeyboardInterrupt:
-        sys.exit(f"\ntrain.py: stopped; go on with: {again}")
+        sys.exit(f"\ntrain.py: stopped; {_how_to_go_on(settings, folder)}")
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(f"train.py: out of GPU memory; the last checkpoint is intact. Lower --micro-batch (now "
-                 f"{settings.micro_batch}) or --play-batch (now {settings.play_batch}) and go on with: {again}")
+                 f"{settings.micro_batch}) or --play-batch (now {settings.play_batch}); "
+                 f"{_how_to_go_on(settings, folder)}")
 
 
 if __name__ == "__main__":
