@@ -1093,6 +1093,23 @@ PARSERS = {"train.py": run_settings.make_parser, "eval.py": evaluation.make_pars
            "pocket.py": pocket.make_parser}
 
 
+def test_the_readmes_worked_step_is_true(shipped):
+    agent, game = Policy(shipped[0], shipped[1], parts=(), temperature=0.5), GAMES["blackjack"]()
+    picture, info = game.reset(seed=0)
+    text = '{"thoughts": "The dealer shows Q. My cards are 7 4, total 11. I choose hit.", "action": "hit"}'
+    prompts = agent.encode([picture], [parse.make_prompt(game, info)])
+    response = agent.encode_answers([text])[0][:-1]
+    action, start = parse.parse(text, game.legal_actions())
+    first = agent.action_start(response, start)
+    with torch.no_grad():
+        logp, mask, _ = agent.logprobs(prompts, [response])
+    weighted = ppo.answer_logprob(logp, mask, torch.tensor([first]), 0.5).item()
+    assert (len(prompts[0].ids), agent.image_tokens, len(response), action, start, first) == (71, 25, 25, "hit", 78, 20)
+    assert (logp[0, :first].sum().item(), weighted) == pytest.approx((-0.351, -0.176), abs=6e-4)
+    readme = (HERE / "README.md").read_text()
+    assert text in readme and "−0.351" in readme and "−0.176" in readme
+
+
 def test_every_command_in_the_readme_parses():
     commands = re.findall(r"^(?:pip install -r requirements.txt && )?python (\w+\.py)([^#\n]*)",
                           (HERE / "README.md").read_text(), re.M)
