@@ -7,10 +7,10 @@ train() {   # train NAME ARGUMENTS…: one RL run and the files of it that are k
     local name=$1; shift
     [ -f "results/$name/eval.json" ] && return
     local resume=""; [ -f "runs/$name/config.json" ] && resume="--resume"
-    python train.py "$@" --out "runs/$name" $resume
+    OMP_NUM_THREADS=1 python train.py "$@" --out "runs/$name" $resume
     mkdir -p "results/$name"
     cp "runs/$name/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl,eval_start.json,eval.json} "results/$name/"
-    echo "python train.py $* --out runs/$name" > "results/$name/command.txt"
+    echo "OMP_NUM_THREADS=1 python train.py $* --out runs/$name" > "results/$name/command.txt"
 }
 
 evaluate() {   # evaluate NAME ARGUMENTS…: one evaluation of something that is not trained
