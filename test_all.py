@@ -1078,7 +1078,7 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
 
 def test_ppo_on_the_real_model_beats_its_start(shipped):
     """A short run of the whole loop on NumberLine, from random play, on the same held-out games before and after."""
-    run = make_run(shipped, "numberline", rollout=256, envs=64, steps=256 * 6, lr=1e-3, micro_batch=64, minibatch=64,
+    run = make_run(shipped, "numberline", rollout=256, envs=64, steps=256 * 4, lr=1e-3, micro_batch=64, minibatch=64,
                    max_new_tokens=40, rank=16, reward_scale=1.0)
 
     def success():
@@ -1086,7 +1086,7 @@ def test_ppo_on_the_real_model_beats_its_start(shipped):
         return evaluation.evaluate(player, "numberline", 150, seed=10_000)["success"]
 
     start = success()
-    for _ in range(6):
+    for _ in range(4):
         rollout, _, _ = train.collect(run)
         ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
     assert start < 0.4 and success() > start + 0.3
