@@ -17,7 +17,7 @@ import numpy as np
 
 import draw
 from draw import RANKS, SUITS
-from formula import evaluate, solutions
+from formula import is_right, solutions
 
 
 class CardGame(gymnasium.Env):
@@ -189,8 +189,7 @@ class _FormulaGame(CardGame):
         numbers = [str(self._number(card)) for card in self.cards]
         used = [token for token in self.formula if token.isdecimal()]
         if action == "=":
-            right = sorted(used) == sorted(numbers) and evaluate(self.formula) == self.target
-            return (10 if right else -1), True
+            return (10 if is_right(self.formula, numbers, self.target) else -1), True
         if action.isdecimal() and used.count(action) >= numbers.count(action):
             return -1, False
         self.formula.append(action)

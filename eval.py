@@ -6,7 +6,7 @@
 
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds (train.py).
 The last line printed is one JSON object. RL fools itself: always standing wins 38 % at Blackjack, so look at
-`reading_rate`, `expert_agreement` and `hit_rate_by_total` before the average.
+`reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` before the average.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from env import GAMES
-from expert import expert_action, reads_right
+from expert import continuation, expert_action, plan_right, planned, reads_right
 from lora import adapter_settings
 from parse import choose, json_closed, make_prompt
 from policy import ModelError, Policy, open_model
@@ -111,7 +111,7 @@ def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
     episode_of = list(range(len(games)))                           # which episode each game plays
     states = [game.reset(seed=seed + number) for game, number in zip(games, episode_of)]
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
-    named, agreed, read, hits = [], [], [], {}
+    named, agreed, read, plans, followed, hits = [], [], [], [], [], {}
     next_episode = len(games)
     while games:
         moves = player(games, [picture for picture, _ in states], [info for _, info in states])
@@ -124,6 +124,10 @@ def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
                 named.append(by_name)
                 if cot:
                     read.append(reads_right(task, text, info))
+                if cot and "formula" in info:
+                    followed.append(planned(text)[:1] == [action])
+                    if continuation(task, info):
+                        plans.append(plan_right(planned(text), info))
             if task == "blackjack":
                 hits.setdefault(info["total"], []).append(action == "hit")
             if watch:
@@ -148,6 +152,9 @@ def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
               "parse_rate": float(np.mean(named)) if named else None,
               "expert_agreement": float(np.mean(agreed)),
               "reading_rate": float(np.mean(read)) if read else None}
+    if followed:
+        result["plan_rate"] = float(np.mean(plans)) if plans else None      # of the answers that could still be right
+        result["plan_followed"] = float(np.mean(followed))
     if task == "blackjack":
         def rate(totals):
             taken = [hit for total in totals for hit in hits.get(total, [])]

@@ -6,9 +6,10 @@ that noisy demonstrations stay fluent), `reads_right` checks what an answer says
 Does not handle: learning (sft.py), the answer's format (parse.py).
 """
 
+import re
 from functools import cache
 
-from formula import solutions
+from formula import is_right, solutions
 
 OPERATORS = {"ezpoints": "+*", "points24": "+-*/"}
 CARD_ODDS = {rank: (4 if rank == 10 else 1) / 13 for rank in range(1, 11)}      # an infinite deck; J, Q, K are tens
@@ -93,7 +94,7 @@ def card_value(rank):
     return 1 if rank == "A" else 10 if rank in ("J", "Q", "K") else int(rank)
 
 
-def _continuation(task, info):
+def continuation(task, info):
     """The simplest solution's tokens that follow the formula so far, "=" last; () where none follows."""
     so_far = tuple(info["formula"])
     for tokens in solutions(tuple(sorted(info["numbers"])), info["target"], OPERATORS[task]):
@@ -112,7 +113,7 @@ def expert_action(task, info):
     if task == "blackjack":
         stand, hit = _best_for_wins(info["total"], info["usable_ace"], card_value(info["dealer"]))
         return "hit" if hit > stand else "stand"
-    return (_continuation(task, info) or ("=",))[0]
+    return (continuation(task, info) or ("=",))[0]
 
 
 # ---- what they say -------------------------------------------------------------------------------------------------
@@ -143,6 +144,21 @@ def thoughts(task, info, action):
         seen += f" total {'soft ' if info['usable_ace'] else ''}{info['total']}."
     else:
         numbers = " ".join(str(n) for n in sorted(info["numbers"]))
-        plan = "".join(_continuation(task, info)) or "nothing"
+        plan = "".join(continuation(task, info)) or "nothing"
         seen += f" so the numbers are {numbers}. Now \"{''.join(info['formula'])}\" then \"{plan}\".".replace('"', "'")
     return f"{seen} I choose {action}."
+
+
+def planned(text):
+    """The symbols that an answer plans to write next on a formula game, "=" with them; [] where it names none.
+
+    >>> planned("Now '(' then '3+9)*2='. I choose 3.")
+    ['3', '+', '9', ')', '*', '2', '=']
+    """
+    match = re.search(r"then '([^']*)'", text)
+    return re.findall(r"\d+|[-+*/()=]", match[1]) if match else []
+
+
+def plan_right(plan, info):
+    """Whether a plan makes the formula so far a right one."""
+    return plan[-1:] == ["="] and is_right([*info["formula"], *plan[:-1]], info["numbers"], info["target"])

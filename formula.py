@@ -60,6 +60,16 @@ def evaluate(tokens):
     return value if position == len(tokens) else None
 
 
+def is_right(tokens, numbers, target):
+    """Whether the formula uses every number once and reaches the target.
+
+    >>> is_right(["2", "+", "10"], [10, 2], 12), is_right(["12"], [10, 2], 12)
+    (True, False)
+    """
+    used = [token for token in tokens if token.isdecimal()]
+    return sorted(used) == sorted(map(str, numbers)) and evaluate(tokens) == target
+
+
 def _apply(left, operator, right):
     if operator == "+":
         return left + right

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+
 class LoRALinear(nn.Module):
     """y = W x + (α/r) B A x  with W frozen (nn.Linear or bitsandbytes' Linear4bit); arXiv 2106.09685, equation 3.
 

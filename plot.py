@@ -6,7 +6,6 @@ A curve is the success of the episodes that ended in each rollout; dots are the 
 """
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -68,15 +67,12 @@ def table():
         chance = read(RESULTS / "baselines" / f"{task}-random.json")["success"]
         for folder in runs_of(task):
             start, end = read(folder / "eval_start.json"), read(folder / "eval.json")
-            seconds = defaultdict(float)
-            for line in (folder / "timing.jsonl").read_text().splitlines():
-                for key, value in json.loads(line).items():
-                    seconds[key] += value
-            minutes = (seconds["rollout_s"] + seconds["update_s"]) / 60
+            wall = read(folder / "wall.json") if (folder / "wall.json").exists() else None
+            minutes = f"{wall['wall_s'] / 60:.1f}" if wall else "–"
             shares = [f"{100 * r['success']:.1f} ({100 * r['success_low']:.1f} to {100 * r['success_high']:.1f})"
                       for r in (start, end)]
             lines.append(f"| {task} | {100 * chance:.1f} | {paper['ceiling']} | {paper['LLaVA-sft']} → {paper['RL']} | "
-                         f"{shares[0]} | **{shares[1]}** | {minutes:.1f} | `results/{folder.name}/` |")
+                         f"{shares[0]} | **{shares[1]}** | {minutes} | `results/{folder.name}/` |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """A LLaVA for two CPU cores, made from nothing: same classes, same folder layout, 1.5 million parameters.
 
-    python pocket.py --out runs/my-pocket              # about half an hour; checkpoints/pocket holds the result
+    python pocket.py --out runs/my-pocket              # under half an hour; checkpoints/pocket holds the result
 
 Everything the 7B model goes through, it goes through: from_pretrained, 4 bits, LoRA, generate, score, PPO. It learns
 in three lessons on pictures drawn on the fly: first to say what a picture shows; then to answer in the games' format;
@@ -30,20 +30,22 @@ HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
 # LABEL_NOISE, set so that at temperature 0.5 SFT ends near the paper's LLaVA-sft row: NumberLine 25 %, EZPoints 23,
 # Points24 3, and for Blackjack (23, below random play) at random play's 28.
 EARLY_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
-LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.53, "blackjack": 0.85}
+LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.68, "blackjack": 0.87}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<s>"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
     "{% else %}{{ part['text'] }}\n{% endif %}{% endfor %}"
     "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}")
-# Pieces are: a run of punctuation that ends in a quote or a brace (`", "`), a word or number with the space before it,
-# one other character. So "10" is one token wherever it stands, and operators are tokens of their own.
-PIECES = Regex(r"""[ ,.:{}"]*["{}]| ?[A-Za-z]+| ?[0-9]+|\n| ?[^A-Za-z0-9]""")
+# Pieces are: a prompt's fixed lines whole; a phrase with the punctuation before it (`. I choose`); one card, number or
+# operator; other punctuation (`": "`). So a picture, prompt and answer are some 50 to 80 tokens, half of what one a word
+# would be; "10" is one token wherever it stands, and the action part begins at a token's start.
+PIECES = Regex(r"""\n(?:Actions|Answer)[^\n]*|"action|(?:(?!"action)[.,:'"{} ])*(?:I|[A-Z]?[a-z]+)(?: [a-z]+)*"""
+               r"""| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9.,:'"{} ]|(?:(?!"action)[.,:'"{} ])+|.""")
 
 
-def make_tokenizer(seed=0):
-    """Train a byte-level BPE on the games' own prompts and answers: at most 512 tokens, the same for the same seed."""
+def make_tokenizer(seed=0, vocabulary=640):
+    """Train a byte-level BPE on the games' own prompts and answers: at most so many tokens, the same for a seed."""
     texts = []
     for task, cot in itertools.product(GAMES, (True, False)):
         texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), 1500)
@@ -54,18 +56,19 @@ def make_tokenizer(seed=0):
         pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in ("<pad>", "<s>", "</s>", "<image>")]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                    extra_special_tokens={"image_token": "<image>"})
 
 
-def make_processor(seed=0):
+def make_processor(seed=0, side=SIDE, patch=PATCH, vocabulary=640):
     images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=[[SIDE, SIDE]])
-    return LlavaNextProcessor(images, make_tokenizer(seed), patch_size=PATCH, vision_feature_select_strategy="default",
-                              chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1)
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=[[side, side]])
+    return LlavaNextProcessor(images, make_tokenizer(seed, vocabulary), patch_size=patch,
+                              vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+                              num_additional_image_tokens=1)
 
 
 def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS):
@@ -92,13 +95,14 @@ def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISI
 def answers(noise, seed, streams=16):
     """Sources of answers of all games, one stream in eight without thoughts.
 
-    Many streams a game keep the deals in a batch different; Points24 has most to learn and comes twice.
+    Many streams a game keep the deals in a batch different; Points24 has most to learn (a solution to each of its
+    solvable deals) and comes three times.
     """
     return [demonstrations(task, seed + i, noise[task], cot=i % 8 > 0)
-            for i in range(streams) for task in (*GAMES, "points24")]
+            for i in range(streams) for task in (*GAMES, "points24", "points24")]
 
 
-def build(out, seed=0, steps=(500, 2300, 300), batch=64, streams=16):
+def build(out, seed=0, steps=(500, 4200, 300), batch=64, streams=16):
     """Make the pocket model, teach it three lessons of so many steps, write it to the folder `out` (fp16: 3 MB)."""
     processor = make_processor(seed)
     policy = Policy(make_model(processor, seed), processor, parts=(), seed=seed)
@@ -123,8 +127,8 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(500, 2300, 300), metavar=("READ", "ANSWER", "SETTLE"),
-                        help="steps of the three lessons [500 2300 300]")
+    parser.add_argument("--steps", type=int, nargs=3, default=(500, 4200, 300), metavar=("READ", "ANSWER", "SETTLE"),
+                        help="steps of the three lessons [500 4200 300]")
     return parser
 
 

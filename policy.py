@@ -17,6 +17,7 @@ rollout and update see the same network. Does not handle: the adapters themselve
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,10 +103,10 @@ def open_model(model="auto", bits="auto"):
     model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
     bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     name, adapters = str(model), None
     if model == "auto":
-        large = device == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 20e9
+        large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
         name = LLAVA_7B if large else "pocket"
         print(f"model: {name} ({'a GPU with 20 GB or more is' if large else 'no GPU with 20 GB is'} here; choose "
               f"another with --model {'pocket' if large else LLAVA_7B})")
@@ -114,7 +115,7 @@ def open_model(model="auto", bits="auto"):
         adapters, source = name, base_name(name)
     folder = str(POCKET) if source == "pocket" else source
     if bits == "auto":
-        bits = 4 if device == "cuda" and not is_small(_config(folder)) else 32
+        bits = 4 if device != "cpu" and not is_small(_config(folder)) else 32
     return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters)
 
 
@@ -228,7 +229,12 @@ class Policy(nn.Module):
     def _pixels(self, pictures):
         """(B, 3, H, W) fp32: LLaVA-NeXT's base view, the whole picture at the vision tower's size."""
         settings, side = self.processor.image_processor, self.model.config.vision_config.image_size
-        small = [np.asarray(Image.fromarray(p).resize((side, side), settings.resample)) for p in pictures]
+
+        def shrink(picture):
+            return np.asarray(Image.fromarray(picture).resize((side, side), settings.resample))
+
+        with ThreadPoolExecutor() as pool:                      # Pillow lets go of Python's lock while it resizes
+            small = list(pool.map(shrink, pictures))
         mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
         pixels = torch.from_numpy(np.stack(small)).float() * settings.rescale_factor
         return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+import parallel
+
 
 @dataclass
 class PPOSettings:
@@ -124,7 +126,7 @@ def score_rollout(policy, rollout, settings):
         sums += torch.tensor([(logp.sum() - action.sum()).item(), action.sum().item()])
         rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
         rollout.old_values[group] = value.cpu()
-    return (sums / S).tolist()
+    return (parallel.add(sums) / (S * parallel.size())).tolist()
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator):
@@ -132,19 +134,23 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
 
     policy: anything with `logprobs(prompts, responses) → (logp, mask, value)` and `trainable() → [(name, tensor)]`.
     generator: torch.Generator on the CPU, for the order of samples. Raises FloatingPointError on a non-finite loss.
+    Under torchrun every process draws the same order of all processes' samples and takes its own in each minibatch.
     """
     S = len(rollout.responses)
+    first, total = S * parallel.rank(), S * parallel.size()
     parameters = [parameter for _, parameter in policy.trainable()]
     # The paper's code normalises over the rollout, not over the minibatch.
-    advantages = (rollout.advantages - rollout.advantages.mean()) / (rollout.advantages.std() + 1e-8)
+    everyones = parallel.concat(rollout.advantages)
+    advantages = (rollout.advantages - everyones.mean()) / (everyones.std() + 1e-8)
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
-    orders = [torch.randperm(S, generator=generator).tolist() for _ in range(settings.epochs)]
-    batches = [order[k:k + settings.minibatch] for order in orders for k in range(0, S, settings.minibatch)]
+    orders = [torch.randperm(total, generator=generator).tolist() for _ in range(settings.epochs)]
+    batches = [order[k:k + settings.minibatch] for order in orders for k in range(0, total, settings.minibatch)]
     history = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4)
-        for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, batch):
+        own = [i - first for i in batch if first <= i < first + S]
+        for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, own):
             logp, mask, values = policy.logprobs(*_gather(rollout, group))
             device = logp.device
             new = answer_logprob(logp, mask, _starts(rollout, group, device), settings.cot_lambda)
@@ -155,11 +161,13 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
             loss = p_loss + settings.value_coef * v_loss
             if not torch.isfinite(loss):
                 bad = [i for i, fine in zip(group, (new - old + values).isfinite().tolist()) if not fine]
-                _not_finite(f"loss is {loss.item()}", number, bad or group)
-            # subtle: weighted by its share, so that accumulated micro-batches give the minibatch's mean
+                _not_finite(f"loss is {loss.item()}", number, [first + i for i in bad or group])
+            # subtle: weighted by its share, so that micro-batches and processes add up to the minibatch's mean
             share = len(group) / len(batch)
             (loss * share).backward()
             sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
+        parallel.add(sums)
+        parallel.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         if not torch.isfinite(grad_norm):
             _not_finite(f"gradient's norm is {grad_norm.item()}", number, batch)
@@ -170,7 +178,8 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     means = torch.tensor(history).mean(0).tolist()
     return {**dict(zip(names, means)), "minibatches": len(history),
-            "explained_variance": explained_variance(rollout.old_values, rollout.returns)}
+            "explained_variance": explained_variance(parallel.concat(rollout.old_values),
+                                                     parallel.concat(rollout.returns))}
 
 
 def _not_finite(what, number, samples):

@@ -77,7 +77,7 @@ def mixed(sources, batch, generator):
         yield [next(sources[i]) for i in generator.integers(len(sources), size=batch)]
 
 
-def finetune(policy, batches, steps, lr, warmup=30, micro_batch=32, title="sft"):
+def finetune(policy, batches, steps, lr, warmup=30, micro_batch=16, title="sft"):
     """Minimise −log π(answer) a token over `steps` batches with AdamW, warm-up and a cosine to zero.
 
     batches: an iterator over lists of Demonstrations. Returns the losses, a float a step.
@@ -120,7 +120,7 @@ def make_parser():
     parser.add_argument("--rank", type=int, default=None, help="of the LoRA adapters [32 pocket, 128 else]")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, default=None, help="answers a forward pass [32 pocket, 4 else]")
+    parser.add_argument("--micro-batch", type=int, default=None, help="answers a forward pass [16 pocket, 4 else]")
     parser.add_argument("--lr", type=float, default=None, help="[5e-4 pocket, 2e-5 else, the paper's]")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -152,7 +152,7 @@ def main(arguments=None):
         source = demonstrations(options.task, options.seed, options.label_noise, not options.no_cot)
         batches = mixed([source], options.batch, np.random.default_rng(options.seed))
         finetune(policy, batches, options.steps, options.lr or (5e-4 if small else 2e-5),
-                 micro_batch=options.micro_batch or (32 if small else 4), title=f"sft {options.task}")
+                 micro_batch=options.micro_batch or (16 if small else 4), title=f"sft {options.task}")
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"sft.py: {error}")
     except torch.cuda.OutOfMemoryError:

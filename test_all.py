@@ -17,6 +17,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,26 +35,31 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, strategies
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import draw
 import eval as evaluation
 import expert
 import lora
+import parallel
 import parse
 import pocket
 import policy as policy_module
 import ppo
 import settings as run_settings
 import sft
+import shape7b
 import train
 from env import GAMES
 from formula import evaluate, solutions
 from policy import POCKET, ModelError, Policy, load_model
 
 HERE = Path(__file__).parent
-MODULES = ["draw", "formula", "env", "parse", "expert", "lora", "policy", "ppo", "sft", "pocket", "eval", "settings",
-           "train"]
+MODULES = ["draw", "formula", "env", "parse", "expert", "lora", "policy", "parallel", "ppo", "sft", "pocket", "eval",
+           "settings", "train", "shape7b", "bench"]
 
 
 # ---- what all of it rests on -------------------------------------------------------------------------------------
@@ -450,6 +456,23 @@ def test_experts_reach_their_exact_values_in_play(task, expected, games):
     tolerance = 3.3 * math.sqrt(expected * (1 - expected) / games)
     assert result["success"] == pytest.approx(expected, abs=tolerance + 1e-12)
     assert result["expert_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("task", ["ezpoints", "points24"])
+def test_plans_are_read_back_from_the_thoughts(task):
+    """What the expert writes is a right plan that it follows, played to +10; a wrong plan is called wrong."""
+    game = GAMES[task](**({"solvable_only": True} if task == "points24" else {}))
+    for seed in range(30):
+        _, info = game.reset(seed=seed)
+        ended = False
+        while not ended:
+            action = expert.expert_action(task, info)
+            plan = expert.planned(expert.thoughts(task, info, action))
+            assert expert.plan_right(plan, info) and plan[0] == action
+            assert not expert.plan_right(plan[:-1], info) and not expert.plan_right(["1", *plan], info)
+            _, reward, ended, _, info = game.step(game.legal_actions().index(action))
+        assert reward == 10
+    assert expert.planned("so the numbers are 1 1 1 1. Now '' then 'nothing'.") == []
 
 
 @pytest.mark.parametrize("task", GAMES)
@@ -925,7 +948,7 @@ def test_each_value_belongs_to_its_own_state(shipped, task):
     L, N = 32, 2
     r, v, after, ended = torch.zeros(4, L, N)
     terminated = torch.zeros(L, N)
-    fallback = np.random.default_rng(np.random.SeedSequence(run.settings.seed).generate_state(2).tolist()[1])
+    fallback = np.random.default_rng(np.random.SeedSequence(run.settings.seed, spawn_key=(0,)).generate_state(2).tolist()[1])
     truncations = 0
     for t in range(L):
         for n, twin in enumerate(twins):
@@ -1092,9 +1115,138 @@ def test_ppo_on_the_real_model_beats_its_start(shipped):
     assert start < 0.4 and success() > start + 0.3
 
 
+# ---- parallel.py ---------------------------------------------------------------------------------------------------
+def half_rollouts(shipped):
+    return [train.collect(make_run(shipped, "ezpoints", seed=seed, rollout=32))[0] for seed in (1, 2)]
+
+
+def learned(shipped, rollout):
+    """The weights after one update on a rollout, from one start; minibatches of 12, so the shares are uneven."""
+    run = make_run(shipped, "ezpoints", epochs=2, minibatch=12, target_kl=0.0)
+    metrics = ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
+    return {name: p.detach() for name, p in run.policy.trainable()}, metrics
+
+
+def one_of_two(rank, port, folder):
+    """What each process of the test below does, on its half."""
+    torch.set_num_threads(1)
+    shipped = load_model(str(POCKET))
+    mine = half_rollouts(shipped)[rank]                                 # played before they join: one process each
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    parallel.start()
+    assert (parallel.rank(), parallel.size()) == (rank, 2)
+    assert parallel.concat(torch.arange(rank + 1)).tolist() == [0, 0, 1]
+    weights, metrics = learned(shipped, mine)
+    save_file(weights, Path(folder) / f"{rank}.safetensors")
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(metrics))
+
+
+def test_two_processes_learn_what_one_does_from_both_halves(shipped, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    a, b = half_rollouts(shipped)
+    both = ppo.Rollout(a.prompts + b.prompts, a.responses + b.responses, a.action_starts + b.action_starts,
+                       *(torch.cat([getattr(x, name) for x in (a, b)])
+                         for name in ("old_logp", "old_values", "advantages", "returns")))
+    expected, metrics = learned(shipped, both)
+    start = dict(make_run(shipped, "ezpoints").policy.trainable())
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, atol=2e-5, rtol=1e-3, msg=name)
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3     # far beyond the tolerance
+
+
+def test_two_processes_killed_and_resumed_are_the_two_left_alone(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *COMMAND[1:],
+               "--steps", "96", "--no-cot"]
+
+    def start(name, *more):
+        return subprocess.Popen([*command, "--out", str(tmp_path / name), *more], cwd=HERE, start_new_session=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE)
+
+    alone, killed, metrics = start("alone"), start("killed"), tmp_path / "killed" / "metrics.jsonl"
+    until = time.time() + 90
+    while time.time() < until and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for process in (alone, start("killed", "--resume")):
+        assert process.wait() == 0, process.stderr.read().decode()
+    folders = [evaluation.checkpoints(tmp_path / name)[-1] for name in ("alone", "killed")]
+    for file in sorted(p.name for p in folders[0].iterdir()):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    assert (tmp_path / "alone" / "metrics.jsonl").read_bytes() == metrics.read_bytes()
+    games = [json.loads((folders[0] / f"process{rank}.json").read_text())["games"] for rank in (0, 1)]
+    assert [len(part) for part in games] == [8, 8] and games[0] != games[1]
+    with pytest.raises(ModelError, match="processes"):                  # it needs two to go on exactly
+        train.Run(run_settings.Settings(task="numberline", envs=16, lr=1e-3),
+                  evaluation.open_run(tmp_path / "alone")[0]).load(folders[0])
+
+
+# ---- bench.py, shape7b.py ------------------------------------------------------------------------------------------
+def test_flops_agree_with_torchs_counter(agent):
+    prompts, responses = samples_of(agent, 1, ("blackjack",))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        agent.logprobs(prompts, responses)
+    with FlopCounterMode(display=False) as both:
+        logp, _, value = agent.logprobs(prompts, responses)
+        (logp.sum() + value.sum()).backward()
+    counted = bench.update_flops(agent, len(prompts[0].ids), len(responses[0]))
+    assert counted[0] == pytest.approx(forward.get_total_flops(), rel=0.03)
+    assert counted[1] == pytest.approx(both.get_total_flops(), rel=0.03)
+
+
+def test_the_7b_shape_and_its_memory_plan():
+    """The published checkpoint's numbers of weights, and bytes that bitsandbytes' own tensors take."""
+    processor = shape7b.byte_processor()
+    config = shape7b.llava_7b_config(processor)
+    with torch.device("meta"):
+        model = pocket.LlavaNextForConditionalGeneration(config)
+    # LLaVA-1.6-Mistral-7B: 7.57e9 weights, Mistral's own 7.24e9 of them (64 more rows in embedding and head)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    assert count(model) == pytest.approx(7.57e9, rel=0.005)
+    assert count(model.model.language_model) + count(model.lm_head) == 7_241_732_096 + 2 * 64 * 4096
+    plan = shape7b.memory_plan(config, 128, 4, 16, 750, 100)
+    assert 22 * 2**30 > sum(plan.values()) > 10 * 2**30
+
+    from bitsandbytes.nn import Linear4bit
+    processor = pocket.make_processor()
+    config = pocket.make_model(processor, hidden=64, vision_layers=1, text_layers=1).config
+    small = shape7b.random_nf4(config, torch.device("cpu"))
+    stored = 0
+    for module in small.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            stored += module.weight.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
+    assert stored == shape7b.memory_plan(config, 8, 1, 1, 1, 1)["weights, NF4"]
+    policy = Policy(small, processor, rank=4)
+    picture, info = GAMES["blackjack"]().reset(seed=0)
+    prompts = policy.encode([picture], ["Hello"])
+    logp, _, _ = policy.logprobs(prompts, policy.generate(prompts, torch.Generator().manual_seed(0), 5))
+    assert logp.isfinite().all()
+
+
+def test_bench_measures_both_procedures(capsys, monkeypatch):
+    bench.main(["--rollout", "16", "--envs", "16", "--updates", "1", "--baseline", "--baseline-samples", "2"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["ratio"] == pytest.approx(figures["baseline"]["whole_update_s"] / figures["whole_update_s"])
+    assert figures["whole_update_s"] == pytest.approx(figures["rollout_s"] + figures["update_s"])
+    assert 0 < figures["mfu"] < 1 and set(figures["games_steps_per_s"]) == set(GAMES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench.main(["--model", "llava-7b-random", "--memory-gb", "24"])
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plan["memory_plan_gib"]["cap"] == 24 and plan["measured"] is False
+
+
 # ---- the README -----------------------------------------------------------------------------------------------------
 PARSERS = {"train.py": run_settings.make_parser, "eval.py": evaluation.make_parser, "sft.py": sft.make_parser,
-           "pocket.py": pocket.make_parser}
+           "pocket.py": pocket.make_parser, "bench.py": bench.make_parser}
 
 
 def test_the_readmes_worked_step_is_true(shipped):
@@ -1115,7 +1267,7 @@ def test_the_readmes_worked_step_is_true(shipped):
 
 
 def test_every_command_in_the_readme_parses():
-    commands = re.findall(r"^(?:pip install -r requirements.txt && )?python (\w+\.py)([^#\n]*)",
+    commands = re.findall(r"^(?:pip install -r requirements.txt && )?(?:python|torchrun \S+) (\w+\.py)([^#\n]*)",
                           (HERE / "README.md").read_text(), re.M)
     assert {script for script, _ in commands} >= set(PARSERS)
     for script, rest in commands:

@@ -4,9 +4,9 @@
     python train.py --task numberline --no-cot --seed 2
     python train.py --task points24 --out runs/p24 --resume
 
-collect a rollout → advantages → clipped PPO → metrics, checkpoint. One seed fixes a run bit for bit on a CPU, and a
-run killed at any moment and resumed ends as the run that was left alone: metrics.jsonl too, byte for byte (the clock
-is in timing.jsonl). Does not handle: several GPUs, several tasks at once.
+collect a rollout → advantages → clipped PPO → metrics, checkpoint. One seed and one number of processes (torchrun,
+parallel.py) fix a run bit for bit on a CPU, and a run killed at any moment and resumed ends as the run that was left
+alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl). Does not handle: several tasks at once.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import parallel
 from env import GAMES
 from eval import act, checkpoints, evaluate, model_player
 from expert import reads_right
@@ -39,46 +40,57 @@ class Run:
         self.settings, self.policy, self.base, self.update = settings, policy, base, 0
         parameters = [parameter for _, parameter in policy.trainable()]
         self.optimizer = torch.optim.Adam(parameters, lr=settings.lr, eps=1e-7)          # the paper's ε
-        # One seed, independent streams: tokens, fallback actions, the order of samples, and one for each game.
-        seeds = np.random.SeedSequence(settings.seed).generate_state(3 + settings.envs).tolist()
-        self.sampling = torch.Generator(policy.device).manual_seed(seeds[0])
-        self.fallback = np.random.default_rng(seeds[1])
-        self.shuffling = torch.Generator().manual_seed(seeds[2])
-        self.games = [GAMES[settings.task]() for _ in range(settings.envs)]
-        for game, seed in zip(self.games, seeds[3:]):
+        # One seed, independent streams: each process's tokens and fallback actions; the order of samples, the same on
+        # every process; and one for each game, of which a process plays its share.
+        rank, share = parallel.rank(), settings.envs // parallel.size()
+        own = np.random.SeedSequence(settings.seed, spawn_key=(rank,)).generate_state(2).tolist()
+        order, *deals = np.random.SeedSequence(settings.seed).generate_state(1 + settings.envs).tolist()
+        self.sampling = torch.Generator(policy.device).manual_seed(own[0])
+        self.fallback = np.random.default_rng(own[1])
+        self.shuffling = torch.Generator().manual_seed(order)
+        self.games = [GAMES[settings.task]() for _ in range(share)]
+        for game, seed in zip(self.games, deals[rank * share:]):
             game.reset(seed=seed + 2**31)                       # above every held-out seed
 
     def save(self, folder):
         """Write a checkpoint folder that appears whole or not at all, then drop the one before."""
         whole = Path(folder) / f"checkpoint-{self.update:06d}"
         part = Path(folder) / "checkpoint.part"
-        shutil.rmtree(part, ignore_errors=True)
-        self.policy.save(part, self.base)
-        tensors = {"sampling": self.sampling.get_state(), "shuffling": self.shuffling.get_state()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, part / "training.safetensors")
-        (part / "training.json").write_text(json.dumps({
-            "update": self.update, "device": self.policy.device.type, "fallback": self.fallback.bit_generator.state,
-            "games": [game.get_state() for game in self.games]}))
-        os.replace(part, whole)
-        for other in set(checkpoints(folder)) - {whole}:
-            shutil.rmtree(other)
+        if parallel.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            self.policy.save(part, self.base)
+            tensors = {}
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
+            save_file(tensors, part / "optimizer.safetensors")
+        parallel.wait()
+        save_file({"sampling": self.sampling.get_state(), "shuffling": self.shuffling.get_state()},
+                  part / f"generators{parallel.rank()}.safetensors")
+        (part / f"process{parallel.rank()}.json").write_text(json.dumps({
+            "update": self.update, "device": self.policy.device.type, "processes": parallel.size(),
+            "fallback": self.fallback.bit_generator.state, "games": [game.get_state() for game in self.games]}))
+        parallel.wait()
+        if parallel.rank() == 0:
+            os.replace(part, whole)
+            for other in set(checkpoints(folder)) - {whole}:
+                shutil.rmtree(other)
+        parallel.wait()
 
     def load(self, checkpoint):
-        plain = json.loads((checkpoint / "training.json").read_text())
-        if plain["device"] != self.policy.device.type:
-            raise ModelError(f"{checkpoint} was written on {plain['device']}, this is {self.policy.device.type}: their "
-                             "random generators differ; go on there, or start a new run")
+        plain = json.loads((checkpoint / "process0.json").read_text())
+        for what, now in (("device", self.policy.device.type), ("processes", parallel.size())):
+            if plain[what] != now:
+                raise ModelError(f"{checkpoint} was written with {what} {plain[what]}, this is {now}: the random "
+                                 "numbers would differ; go on as it began, or start a new run")
+        plain = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
         self.policy.load(checkpoint)
-        tensors = load_file(checkpoint / "training.safetensors")
-        self.sampling.set_state(tensors["sampling"])
-        self.shuffling.set_state(tensors["shuffling"])
+        generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
+        self.sampling.set_state(generators["sampling"])
+        self.shuffling.set_state(generators["shuffling"])
         state = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.update, self.fallback.bit_generator.state = plain["update"], plain["fallback"]
         for game, state in zip(self.games, plain["games"]):
@@ -86,9 +98,12 @@ class Run:
 
 
 def collect(run, progress=lambda steps: None):
-    """Play rollout/envs steps of every game; return (Rollout with advantages, metrics, one transcript)."""
+    """Play rollout/envs steps of every game; return (Rollout with advantages, metrics, one transcript).
+
+    Under torchrun: of this process's games; the metrics are of all.
+    """
     settings, policy, games = run.settings, run.policy, run.games
-    L, N = settings.rollout // settings.envs, settings.envs
+    L, N = settings.rollout // settings.envs, len(run.games)
     rollout = Rollout()
     rewards, terminated, truncated = torch.zeros(3, L, N)   # each (L, N): L steps of N games
     cut_off = []                                            # (t, game, last picture, its v_in) of truncated episodes
@@ -117,25 +132,36 @@ def collect(run, progress=lambda steps: None):
                 successes.append(info["is_success"])
                 picture, info = game.reset()
             states[i] = picture, info
-        progress(N)
+        progress(settings.envs)
     transcript["reward"] = rewards[-1, 0].item()
 
     thought_logp, action_logp = score_rollout(policy, rollout, settings)
-    values = rollout.old_values.view(L, N)
-    texts = [make_prompt(game, info, settings.cot) for game, (_, info) in zip(games, states)]
-    last_values = _values(run, policy.encode([picture for picture, _ in states], texts))
+    add_advantages(run, rollout, rewards, terminated, truncated, states, cut_off)
+    returns, successes, named, read, lengths = (
+        parallel.concat(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        for numbers in (returns, successes, named, read, [len(response) for response in rollout.responses]))
+    metrics = {"episodes": len(returns), "success": _mean(successes), "return_mean": _mean(returns),
+               "parse_rate": _mean(named), "reading_rate": _mean(read), "response_tokens": _mean(lengths),
+               "thought_logp": thought_logp, "action_logp": action_logp}
+    return rollout, metrics, transcript
+
+
+def add_advantages(run, rollout, rewards, terminated, truncated, states, cut_off):
+    """Fill rollout.advantages and .returns (S,) by GAE; rewards, terminated, truncated (L, N).
+
+    states: what each game shows after the last step, (picture, info); cut_off: see collect.
+    """
+    settings = run.settings
+    values = rollout.old_values.view_as(rewards)
+    texts = [make_prompt(game, info, settings.cot) for game, (_, info) in zip(run.games, states)]
+    last_values = _values(run, run.policy.encode([picture for picture, _ in states], texts))
     next_values = torch.cat([values[1:], last_values[None]])
     if cut_off:
         when, which, pictures, texts = zip(*cut_off)
-        next_values[when, which] = _values(run, policy.encode(pictures, texts))
+        next_values[when, which] = _values(run, run.policy.encode(pictures, texts))
     advantages, targets = gae(rewards * settings.reward_scale, values, next_values, terminated, truncated,
                               settings.gamma, settings.gae_lambda)
     rollout.advantages, rollout.returns = advantages.flatten(), targets.flatten()
-    metrics = {"episodes": len(returns), "success": _mean(successes), "return_mean": _mean(returns),
-               "parse_rate": _mean(named), "reading_rate": _mean(read),
-               "response_tokens": _mean([len(response) for response in rollout.responses]),
-               "thought_logp": thought_logp, "action_logp": action_logp}
-    return rollout, metrics, transcript
 
 
 def _values(run, prompts):
@@ -147,9 +173,12 @@ def _mean(numbers):
     return float(np.mean(numbers)) if len(numbers) else None
 
 
-def make_policy(settings):
-    """Return (policy, its base's name); the settings that hang on the model's size are filled in."""
-    loaded = open_model(settings.model, settings.bits)
+def make_policy(settings, loaded=None):
+    """Return (policy, its base's name); the settings that hang on the model's size are filled in.
+
+    loaded: a policy.Loaded to use instead of what settings.model names.
+    """
+    loaded = loaded or open_model(settings.model, settings.bits)
     settings.model, settings.bits = loaded.name, loaded.bits
     if loaded.adapters:
         lora = adapter_settings(loaded.adapters)
@@ -172,19 +201,23 @@ def make_policy(settings):
 
 
 def train(run, folder, checkpoint=None):
-    """Run from the beginning, or on from a checkpoint folder; return the held-out result at the end (or None)."""
-    settings, policy = run.settings, run.policy
+    """Run from the beginning, or on from a checkpoint folder; return the held-out result at the end (or None).
+
+    Under torchrun the first process alone writes, prints and plays the held-out games.
+    """
+    settings, policy, first = run.settings, run.policy, parallel.rank() == 0
     if checkpoint:
         run.load(checkpoint)
-    for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl"):
-        _keep_lines(folder / name, run.update)
-    if run.update == 0 and settings.eval_episodes:
-        report("start", held_out(run, folder / "eval_start.json"))
+    if first:
+        for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl"):
+            _keep_lines(folder / name, run.update)
+        if run.update == 0 and settings.eval_episodes:
+            report("start", held_out(run, folder / "eval_start.json"))
     if checkpoint is None:
         run.save(folder)
     total = settings.updates() * settings.rollout
     with tqdm(total=total, initial=run.update * settings.rollout, unit="step", desc=settings.task,
-              disable=None) as bar:
+              disable=None if first else True) as bar:
         while run.update < settings.updates():
             begun = time.perf_counter()
             lr = learning_rate(run.update, settings)
@@ -194,23 +227,29 @@ def train(run, folder, checkpoint=None):
             collected = time.perf_counter()
             metrics |= ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)
             run.update += 1
-            head = {"update": run.update, "env_steps": run.update * settings.rollout, "lr": lr}
-            _append(folder / "metrics.jsonl", head | metrics)
-            _append(folder / "transcripts.jsonl", head | transcript)
-            _append(folder / "timing.jsonl", {"update": run.update, "rollout_s": round(collected - begun, 2),
-                                              "update_s": round(time.perf_counter() - collected, 2)})
+            if first:
+                record(folder, {"update": run.update, "env_steps": run.update * settings.rollout, "lr": lr}, metrics,
+                       transcript, (collected - begun, time.perf_counter() - collected), bar)
             if run.update % settings.save_every == 0 or run.update == settings.updates():
                 run.save(folder)
-                draw_curve(folder)
-            bar.write(f"{head['env_steps']:6d}  {transcript['text']}  → {transcript['action']}"
-                      f"{'' if transcript['named'] else ' (drawn at random)'}, reward {transcript['reward']:g}")
-            bar.set_postfix({key: f"{metrics[key]:.3f}" for key in ("success", "return_mean", "parse_rate")
-                             if metrics[key] is not None})
-    if settings.eval_episodes:
-        result = held_out(run, folder / "eval.json")
-        report("end", result)
-        return result
-    return None
+    if not (first and settings.eval_episodes):
+        return None
+    result = held_out(run, folder / "eval.json")
+    report("end", result)
+    return result
+
+
+def record(folder, head, metrics, transcript, spent, bar):
+    """Write an update's lines into the run folder and show them."""
+    _append(folder / "metrics.jsonl", head | metrics)
+    _append(folder / "transcripts.jsonl", head | transcript)
+    _append(folder / "timing.jsonl", {"update": head["update"], "rollout_s": round(spent[0], 2),
+                                      "update_s": round(spent[1], 2)})
+    draw_curve(folder)
+    bar.write(f"{head['env_steps']:6d}  {transcript['text']}  → {transcript['action']}"
+              f"{'' if transcript['named'] else ' (drawn at random)'}, reward {transcript['reward']:g}")
+    bar.set_postfix({key: f"{metrics[key]:.3f}" for key in ("success", "return_mean", "parse_rate")
+                     if metrics[key] is not None})
 
 
 def held_out(run, path):
@@ -270,16 +309,22 @@ def _how_to_go_on(settings, folder):
 
 
 def main(arguments=None):
+    parallel.start()
     settings, resume = read_settings(__doc__, arguments)
     folder = Path(settings.out)
     try:
+        if settings.envs % parallel.size():
+            raise ModelError(f"--envs {settings.envs} games cannot be shared out evenly to {parallel.size()} processes")
         policy, base = make_policy(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "config.part"
-        part.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
-        os.replace(part, folder / "config.json")
-        print(f"run folder: {folder}")
+        parallel.wait()                                         # all have read the folder before the first writes to it
+        if parallel.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / "config.part"
+            part.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+            os.replace(part, folder / "config.json")
+            print(f"run folder: {folder}")
         train(Run(settings, policy, base), folder, (checkpoints(folder) or [None])[-1] if resume else None)
+        parallel.stop()
     except KeyboardInterrupt:
         sys.exit(f"\ntrain.py: stopped; {_how_to_go_on(settings, folder)}")
     except (ModelError, FloatingPointError) as error:

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Makes everything in this folder again, from the repository's root: bash results/run_all.sh
-# One line a run; what is done is skipped, what was interrupted goes on. About an hour on two cores.
+# One line a run; what is done is skipped, what was interrupted goes on. One run at a time, all cores.
 set -euo pipefail
 
 train() {   # train NAME ARGUMENTS…: one RL run and the files of it that are kept
     local name=$1; shift
     [ -f "results/$name/eval.json" ] && return
-    local resume=""; [ -f "runs/$name/config.json" ] && resume="--resume"
-    OMP_NUM_THREADS=1 python train.py "$@" --out "runs/$name" $resume
+    local resume="" begun=$SECONDS
+    [ -f "runs/$name/config.json" ] && resume="--resume"
+    python train.py "$@" --out "runs/$name" $resume
     mkdir -p "results/$name"
     cp "runs/$name/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl,eval_start.json,eval.json} "results/$name/"
-    echo "OMP_NUM_THREADS=1 python train.py $* --out runs/$name" > "results/$name/command.txt"
+    echo "python train.py $* --out runs/$name" > "results/$name/command.txt"
+    # from the command's start to its end, held-out games included; not of a run that was interrupted
+    [ -n "$resume" ] || echo "{\"wall_s\": $((SECONDS - begun)), \"cores\": $(nproc)}" > "results/$name/wall.json"
 }
 
 evaluate() {   # evaluate NAME ARGUMENTS…: one evaluation of something that is not trained
