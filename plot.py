@@ -91,6 +91,18 @@ def decisions():
     return "\n".join(lines)
 
 
+def plans():
+    """How often the formula games' written plan is right, and is followed, in Markdown."""
+    lines = ["| formula games | plan right while a solution is in reach | next symbol follows the plan | success |",
+             "|---|---|---|---|"]
+    for folder in [*runs_of("ezpoints"), *runs_of("points24")]:
+        for name, file in (("SFT start", "eval_start.json"), ("after RL", "eval.json")):
+            result = read(folder / file)
+            shares = " | ".join(f"{100 * result[key]:.0f} %" for key in ("plan_rate", "plan_followed"))
+            lines.append(f"| {folder.name}: {name} | {shares} | {100 * result['success']:.1f} % |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     draw_curves(RESULTS / "curves.png")
-    print(table(), decisions(), sep="\n\n")
+    print(table(), decisions(), plans(), sep="\n\n")

@@ -27,6 +27,7 @@ class PPOSettings:
     minibatch: int = 128            # answers per optimiser step; the paper's
     micro_batch: int = None         # answers per forward pass: memory only, the gradients are the minibatch's
     target_kl: float = None         # an update ends when a minibatch's approximate KL exceeds this; 0: never
+    advantage_floor: float = None   # advantages are divided by their standard deviation, but by no less than this
     max_grad_norm: float = 1.0      # gradients are scaled down to this norm
 
 
@@ -139,9 +140,11 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
     S = len(rollout.responses)
     first, total = S * parallel.rank(), S * parallel.size()
     parameters = [parameter for _, parameter in policy.trainable()]
-    # The paper's code normalises over the rollout, not over the minibatch.
+    # The paper's code normalises over the rollout, not over the minibatch. subtle: where nearly every episode succeeds,
+    # what is left is the value's error; divided by its own small spread it would push good answers down and apart.
     everyones = parallel.concat(rollout.advantages)
-    advantages = (rollout.advantages - everyones.mean()) / (everyones.std() + 1e-8)
+    spread = max(everyones.std().item() + 1e-8, settings.advantage_floor or 0.0)
+    advantages = (rollout.advantages - everyones.mean()) / spread
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
     orders = [torch.randperm(total, generator=generator).tolist() for _ in range(settings.epochs)]
     batches = [order[k:k + settings.minibatch] for order in orders for k in range(0, total, settings.minibatch)]

@@ -54,9 +54,9 @@ REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack"
 # The paper's settings are for 7 billion parameters; a million learn at other ones (README, "Differs from the paper").
 BY_SIZE = {
     "large": {"lr": 1e-5, "rank": 128, "lora_on": tuple(PARTS), "temperature": 0.2, "target_kl": 0.0,
-              "micro_batch": 4, "play_batch": 16, "gradient_checkpointing": True},
+              "advantage_floor": 0.0, "micro_batch": 4, "play_batch": 16, "gradient_checkpointing": True},
     "small": {"lr": 2e-4, "rank": 32, "lora_on": tuple(PARTS), "temperature": 0.5, "target_kl": 0.1,
-              "micro_batch": 64, "play_batch": 64, "gradient_checkpointing": False},
+              "advantage_floor": 0.25, "micro_batch": 64, "play_batch": 64, "gradient_checkpointing": False},
 }
 
 
@@ -98,6 +98,8 @@ def make_parser(description=None):
     add("--clip", type=float, help="PPO's epsilon [0.1]")
     add("--value-clip", type=float, help="how far a value may move an update, 0 for no limit [0.1]")
     add("--target-kl", type=float, help="a KL beyond this ends an update; 0: none does [0.1 pocket, 0 else]")
+    add("--advantage-floor", type=float,
+        help="advantages are divided by their standard deviation, but by no less than this [0.25 pocket, 0 else]")
     add("--epochs", type=int, help="passes over a rollout [4]")
     add("--minibatch", type=int, help="answers per optimiser step [128]")
     add("--micro-batch", type=int, help="answers per forward pass: lower it when memory runs out [64 pocket, 4 else]")
@@ -155,7 +157,7 @@ def _problem(s):
         return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
     if s.steps < s.rollout:
         return f"--steps {s.steps} is less than one rollout of {s.rollout}: lower --rollout (and --envs)"
-    for name in ("seed", "eval_episodes", "value_clip", "target_kl"):
+    for name in ("seed", "eval_episodes", "value_clip", "target_kl", "advantage_floor"):
         if (getattr(s, name) or 0) < 0:
             return f"--{name.replace('_', '-')} must not be negative"
     if s.rollout < 2:

@@ -878,6 +878,19 @@ def test_an_update_ends_at_its_target_kl():
     assert taken[0.0] == 8 and 1 < taken[0.02] < 8
 
 
+def test_small_advantages_are_not_blown_up():
+    """Below the floor a step is as small as the advantages' spread; above it the floor changes nothing."""
+    moved = {}
+    for floor in (0.0, 0.1, 2.0):
+        policy = Bandit()
+        options = ppo.PPOSettings(micro_batch=64, minibatch=64, epochs=1, max_grad_norm=1e9, advantage_floor=floor)
+        rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+        ppo.ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, options, torch.Generator())
+        moved[floor] = policy.logits.detach()
+    assert torch.equal(moved[0.0], moved[0.1]) and moved[0.0].abs().min() > 0.1
+    torch.testing.assert_close(moved[2.0], moved[0.0] * rollout.advantages.std() / 2.0)
+
+
 def test_micro_batches_add_up_to_the_minibatch(agent, shipped):
     """One optimiser step on 10 answers: whole, or in micro-batches of 3."""
     steps = []
