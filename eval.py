@@ -189,7 +189,7 @@ class Film:
 
 
 def checkpoints(run):
-    """The complete checkpoint folders of a run, oldest first. They appear by renaming, so any of them is whole."""
+    """The complete checkpoint folders of a run, oldest first. They appear by renaming: the newest is whole."""
     return sorted(Path(run).glob("checkpoint-" + 6 * "[0-9]"))
 
 

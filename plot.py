@@ -1,6 +1,6 @@
-"""Redraws every figure and table of the README: what was measured here from results/, the rest from PAPER below.
+"""Redraws the README's figure and its tables of results: what was measured here from results/, the rest from PAPER.
 
-    python plot.py                      # writes results/curves.png, prints the table
+    python plot.py                      # writes results/curves.png, prints the tables
 
 A curve is the success of the episodes that ended in each rollout; dots are the held-out games before and after.
 """
@@ -17,10 +17,10 @@ from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 RESULTS = Path(__file__).parent / "results"
 # Success in %: the paper's tables (peaks of training curves) and the exact ceilings (the share of solvable deals,
 # expert.blackjack_value_of_game).
-PAPER = {"numberline": {"LLaVA-sft": 24.8, "RL": 89.4, "no CoT": 26.9, "ceiling": 100.0},
-         "ezpoints": {"LLaVA-sft": 23.0, "RL": 50.0, "no CoT": 29.9, "ceiling": 100.0},
-         "points24": {"LLaVA-sft": 2.6, "RL": 2.3, "no CoT": 0.0, "ceiling": 73.1},
-         "blackjack": {"LLaVA-sft": 23.1, "RL": 40.2, "no CoT": 40.4, "ceiling": 43.2}}
+PAPER = {"numberline": {"LLaVA-sft": 24.8, "RL": 89.4, "ceiling": 100.0},
+         "ezpoints": {"LLaVA-sft": 23.0, "RL": 50.0, "ceiling": 100.0},
+         "points24": {"LLaVA-sft": 2.6, "RL": 2.3, "ceiling": 73.1},
+         "blackjack": {"LLaVA-sft": 23.1, "RL": 40.2, "ceiling": 43.2}}
 
 
 def read(path):
@@ -48,10 +48,9 @@ def draw_curves(path):
             axes.plot(steps, 100 * success, color="tab:blue", alpha=0.8, linewidth=1.2)
             ends = [100 * read(folder / name)["success"] for name in ("eval_start.json", "eval.json")]
             axes.plot([0, steps[-1]], ends, "o", color="tab:blue")
-        for (name, level), style in zip(paper.items(), ("tab:gray", "tab:orange", None, "black")):
-            if style:
-                axes.axhline(level, linestyle="--", linewidth=0.9, color=style,
-                             label={"RL": "the paper, RL", "LLaVA-sft": "the paper, SFT"}.get(name, name))
+        for (name, level), style in zip(paper.items(), ("tab:gray", "tab:orange", "black")):
+            axes.axhline(level, linestyle="--", linewidth=0.9, color=style,
+                         label={"RL": "the paper, RL", "LLaVA-sft": "the paper, SFT"}.get(name, name))
         axes.set(title=task, xlabel="environment steps", ylim=(0, 104 if paper["ceiling"] > 50 else 60))
     panels[0].set_ylabel("success, %")
     panels[0].legend(fontsize=8, loc="center right")
@@ -61,18 +60,31 @@ def draw_curves(path):
 
 def table():
     """The main table in Markdown: a row per run, held-out success in % with its 95 % interval."""
-    lines = ["| task | random | exact ceiling | the paper: SFT → RL | here: SFT start | here: RL | minutes | files |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| run | random | best constant action | exact ceiling | the paper: SFT → RL | here: SFT start | here: RL | "
+             "minutes |", "|---|---|---|---|---|---|---|---|"]
     for task, paper in PAPER.items():
-        chance = read(RESULTS / "baselines" / f"{task}-random.json")["success"]
+        chance, constant = (100 * read(RESULTS / "baselines" / f"{task}-{name}.json")["success"]
+                            for name in ("random", "constant"))
         for folder in runs_of(task):
             start, end = read(folder / "eval_start.json"), read(folder / "eval.json")
             wall = read(folder / "wall.json") if (folder / "wall.json").exists() else None
             minutes = f"{wall['wall_s'] / 60:.1f}" if wall else "–"
             shares = [f"{100 * r['success']:.1f} ({100 * r['success_low']:.1f} to {100 * r['success_high']:.1f})"
                       for r in (start, end)]
-            lines.append(f"| {task} | {100 * chance:.1f} | {paper['ceiling']} | {paper['LLaVA-sft']} → {paper['RL']} | "
-                         f"{shares[0]} | **{shares[1]}** | {minutes} | `results/{folder.name}/` |")
+            lines.append(f"| {folder.name} | {chance:.1f} | {constant:.1f} | {paper['ceiling']} | "
+                         f"{paper['LLaVA-sft']} → {paper['RL']} | {shares[0]} | **{shares[1]}** | {minutes} |")
+    return "\n".join(lines)
+
+
+def conduct():
+    """What a run's answers are like before → after, in Markdown."""
+    keys = {"parse_rate": "named a legal action", "reading_rate": "read the picture right",
+            "expert_agreement": "played as the expert"}
+    lines = [f"| run | {' | '.join(keys.values())} |", "|---|---|---|---|"]
+    for folder in [folder for task in PAPER for folder in runs_of(task)]:
+        start, end = read(folder / "eval_start.json"), read(folder / "eval.json")
+        shares = " | ".join(f"{100 * start[key]:.1f} → {100 * end[key]:.1f}" for key in keys)
+        lines.append(f"| {folder.name} | {shares} |")
     return "\n".join(lines)
 
 
@@ -105,4 +117,4 @@ def plans():
 
 if __name__ == "__main__":
     draw_curves(RESULTS / "curves.png")
-    print(table(), decisions(), plans(), sep="\n\n")
+    print(table(), conduct(), decisions(), plans(), sep="\n\n")

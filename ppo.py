@@ -28,7 +28,7 @@ class PPOSettings:
     micro_batch: int = None         # answers per forward pass: memory only, the gradients are the minibatch's
     target_kl: float = None         # an update ends when a minibatch's approximate KL exceeds this; 0: never
     advantage_floor: float = None   # advantages are divided by their standard deviation, but by no less than this
-    max_grad_norm: float = 1.0      # gradients are scaled down to this norm
+    max_grad_norm: float = 1.0      # gradients are scaled down to this norm; ours
 
 
 @dataclass

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes everything in this folder again, from the repository's root: bash results/run_all.sh
-# One line a run; what is done is skipped, what was interrupted goes on. One run at a time, all cores.
+# Makes the runs and baselines of this folder again, from the repository's root: bash results/run_all.sh
+# One line a run; what is there is skipped (delete its folder first), what was interrupted goes on. One run at a time, all cores.
 set -euo pipefail
 
 train() {   # train NAME ARGUMENTS…: one RL run and the files of it that are kept
     local name=$1; shift
-    [ -f "results/$name/eval.json" ] && return
+    [ -f "results/$name/eval.json" ] && echo "results/$name is there: skipped" && return
     local resume="" begun=$SECONDS
     [ -f "runs/$name/config.json" ] && resume="--resume"
     python train.py "$@" --out "runs/$name" $resume
@@ -29,9 +29,14 @@ for task in numberline ezpoints points24 blackjack; do
     evaluate "$task-expert" --task $task --policy expert --episodes $episodes
 done
 evaluate numberline-constant --task numberline --policy always:+ --episodes 1000
+for task in ezpoints points24; do
+    evaluate $task-constant --task $task --policy always:= --episodes 1000
+done
 evaluate blackjack-constant --task blackjack --policy always:stand --episodes 5000
 
-train blackjack-seed1 --task blackjack --seed 1 --eval-episodes 5000
-train numberline-seed1 --task numberline --seed 1
-train ezpoints-seed1 --task ezpoints --seed 1
-train points24-seed1 --task points24 --seed 1
+for seed in 1 2; do
+    train blackjack-seed$seed --task blackjack --seed $seed --eval-episodes 5000
+    for task in numberline ezpoints points24; do
+        train $task-seed$seed --task $task --seed $seed
+    done
+done
