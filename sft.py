@@ -25,6 +25,7 @@ from lora import PARTS, adapter_settings
 from parse import make_answer, make_prompt
 from policy import ModelError, Policy, is_small, open_model
 from ppo import by_length
+from settings import defaults_for
 
 
 @dataclass
@@ -143,7 +144,8 @@ def main(arguments=None):
         if options.full and (loaded.adapters or loaded.bits != "32"):
             parser.error("--full needs a whole model in --bits 32: 16 would round most steps away")
         small = is_small(loaded.model.config)
-        lora = {"rank": options.rank or (32 if small else 128), "parts": () if options.full else tuple(PARTS)}
+        rank = options.rank or defaults_for(loaded.model.config)["rank"]
+        lora = {"rank": rank, "parts": () if options.full else tuple(PARTS)}
         if loaded.adapters:
             lora = adapter_settings(loaded.adapters)
         policy = Policy(loaded.model, loaded.processor, **lora, seed=options.seed, gradient_checkpointing=not small)

@@ -47,6 +47,7 @@ import expert
 import lora
 import parallel
 import parse
+import plot
 import pocket
 import policy as policy_module
 import ppo
@@ -1279,6 +1280,15 @@ def test_the_readmes_worked_step_is_true(shipped):
     assert (logp[0, :first].sum().item(), weighted) == pytest.approx((-0.564, -0.282), abs=6e-4)
     readme = (HERE / "README.md").read_text()
     assert text in readme and "−0.564" in readme and "−0.282" in readme
+
+
+def test_the_readmes_tables_are_made_of_the_result_files():
+    readme = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
+    for table in (plot.table(), plot.conduct(), plot.decisions(), plot.plans()):
+        assert len(table.splitlines()) > 3 and set(table.splitlines()) <= set(readme)
+    speed = json.loads((HERE / "results" / "bench" / "pocket.json").read_text())
+    row = " | ".join(f"{speed['baseline'][key]:.1f} s" for key in ("rollout_s", "update_s", "whole_update_s"))
+    assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in readme)
 
 
 def test_every_command_in_the_readme_parses():

@@ -192,7 +192,7 @@ def make_policy(settings, loaded=None):
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     if not loaded.adapters:
-        lora = {"rank": settings.rank, "alpha": 2 * settings.rank, "parts": settings.lora_on}
+        lora = {"rank": settings.rank, "parts": settings.lora_on}
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature, seed=settings.seed,
                     gradient_checkpointing=settings.gradient_checkpointing)
     if loaded.adapters:
