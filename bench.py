@@ -8,7 +8,8 @@
 
 Prints a table; the last line is one JSON object with every figure (also to --out). Speed and memory do not hang on
 the weights' values, so `llava-7b-random` needs no download (shape7b.py).
-How FLOPs are counted: see `update_flops`. Does not handle: whether anything is learned (eval.py).
+How FLOPs are counted: see `update_flops`. Does not handle: whether anything is learned (eval.py);
+machines other than Linux (memory and processor are read from /proc).
 """
 
 import argparse

@@ -77,6 +77,7 @@ class Run:
         parallel.wait()
 
     def load(self, checkpoint):
+        """Take up all that save wrote; ModelError where the same random numbers could not be drawn."""
         plain = json.loads((checkpoint / "process0.json").read_text())
         for what, now in (("device", self.policy.device.type), ("processes", parallel.size())):
             if plain[what] != now:
