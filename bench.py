@@ -28,9 +28,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from env import GAMES
+from loading import Loaded, ModelError
 from lora import PARTS, LoRALinear
 from parse import make_prompt
-from policy import Loaded, ModelError
 from ppo import ppo_update
 from settings import BY_SIZE, Settings
 from shape7b import byte_processor, llava_7b_config, memory_plan, random_nf4

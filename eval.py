@@ -22,9 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from env import GAMES
 from expert import continuation, expert_action, plan_right, planned, reads_right
+from loading import ModelError, open_model
 from lora import adapter_settings
 from parse import choose, json_closed, make_prompt
-from policy import ModelError, Policy, open_model
+from policy import Policy
 from settings import defaults_for
 
 

@@ -33,8 +33,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x):
-        down = F.linear(x, self.lora_A.to(x.dtype))                               # (…, r)
-        return self.base(x) + self.scale * F.linear(down, self.lora_B.to(x.dtype))
+        down = self.scale * F.linear(x, self.lora_A.to(x.dtype))                  # (…, r), the narrow side: cheap
+        return self.base(x) + F.linear(down, self.lora_B.to(x.dtype))
 
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.",

@@ -58,7 +58,7 @@ def add(tensor):
 
 
 def concat(values):
-    """One tensor of all processes' (n,) CPU tensors, in the processes' order; n may differ.
+    """One tensor of all processes' (n, …) CPU tensors, in the processes' order; n may differ.
 
     >>> concat(torch.tensor([1.0, 2.0]))
     tensor([1., 2.])
@@ -68,7 +68,7 @@ def concat(values):
     lengths = add(torch.eye(size(), dtype=torch.long)[rank()] * len(values)).tolist()
     if not max(lengths):
         return values
-    padded = torch.zeros(max(lengths), dtype=values.dtype)
+    padded = torch.zeros(max(lengths), *values.shape[1:], dtype=values.dtype)
     padded[:len(values)] = values
     parts = [torch.zeros_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)

@@ -21,7 +21,8 @@ from transformers import (CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditi
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from env import GAMES
-from policy import Policy, load_model
+from loading import load_model
+from policy import Policy
 from sft import captions, demonstrations, finetune, mixed
 
 SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens

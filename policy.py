@@ -1,4 +1,4 @@
-"""The policy: a LLaVA in 4, 16 or 32 bits, LoRA adapters, a value head; it writes answers and scores them.
+"""The policy: a LLaVA, LoRA adapters, a value head; it writes answers and scores them.
 
     model, processor = load_model("llava-hf/llava-v1.6-mistral-7b-hf", bits=4, device="cuda")
     policy = Policy(model, processor, rank=128)
@@ -11,12 +11,11 @@ D hidden size.
 
 Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
 goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
-rollout and update see the same network. Does not handle: the adapters themselves
-(lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
+rollout and update see the same network. Does not handle: loading the model (loading.py), the adapters themselves (lora.py),
+what the text means (parse.py), learning (ppo.py, sft.py).
 """
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,117 +26,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lora import PARTS, add_lora, base_name, load_adapters, save_adapters
+from loading import ModelError
+from lora import PARTS, add_lora, load_adapters, save_adapters
 
 
-LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
-POCKET = Path(__file__).parent / "checkpoints" / "pocket"
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be used; the message says why and what to do."""
-
-
-# ---- loading -------------------------------------------------------------------------------------------------------
-def load_model(name, bits=32, device="cpu"):
-    """Return (model, processor) of a hub name or a folder.
-
-    bits: 4 (NF4 with double quantisation), 16 (bfloat16) or 32. Raises ModelError with advice.
-    """
-    if bits not in (4, 16, 32):
-        raise ModelError(f"bits must be 4, 16 or 32, not {bits}")
-    dtype = torch.float32 if bits == 32 or (bits == 4 and device == "cpu") else torch.bfloat16
-    quantisation = None
-    if bits == 4:
-        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                          bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    _config(name)
-    _check_memory(name, bits, device)
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, quantization_config=quantisation, device_map={"": device})
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name!r} has a configuration but does not load whole: is a file missing or cut off? "
-                         f"The loader said: {error}") from error
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
-                         "or use --model pocket.") from error
-    if not getattr(processor, "chat_template", None):
-        raise ModelError(f"{name!r} has no chat template: use a LLaVA-NeXT checkpoint with its whole processor")
-    return model, processor
-
-
-def _config(name):
-    """The configuration of a hub name or a folder; ModelError unless it is a LLaVA-NeXT."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot find a model {name!r}: it is neither a folder with a model here nor a name that the "
-                         "hub gave an answer for. Check the spelling; without a network, download it elsewhere "
-                         f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
-    if config.model_type != "llava_next":
-        raise ModelError(f"{name!r} is a {config.model_type}: no model that takes pictures the way this program gives "
-                         f"them. Use a LLaVA-NeXT checkpoint, such as {LLAVA_7B}.")
-    return config
-
-
-@dataclass
-class Loaded:
-    """What a command line's --model and --bits stand for."""
-    model: nn.Module
-    processor: object
-    name: str               # the model's, "auto" resolved
-    bits: str               # "4", "16" or "32", "auto" resolved
-    base: str               # the model's without adapters: what adapters of it are made for
-    adapters: str = None    # the folder of adapters to go on with, where name is one
-
-
-def open_model(model="auto", bits="auto"):
-    """Return Loaded for a command line's words.
-
-    model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
-    model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
-    bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
-    """
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    name, adapters = str(model), None
-    if model == "auto":
-        large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
-        name = LLAVA_7B if large else "pocket"
-        print(f"model: {name} ({'a GPU with 20 GB or more is' if large else 'no GPU with 20 GB is'} here; choose "
-              f"another with --model {'pocket' if large else LLAVA_7B})")
-    source = name
-    if (Path(name) / "adapter_config.json").exists():
-        adapters, source = name, base_name(name)
-    folder = str(POCKET) if source == "pocket" else source
-    if bits == "auto":
-        bits = 4 if device != "cpu" and not is_small(_config(folder)) else 32
-    return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters)
-
-
-def is_small(config):
-    """Whether a model's configuration is of pocket size (which the defaults hang on), not of a 7B one's."""
-    return config.text_config.hidden_size < 1024
-
-
-def _check_memory(name, bits, device):
-    """Refuse a folder of weights larger than the whole memory, before the machine swaps or kills the run."""
-    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
-    needed = stored * bits / 16                                   # checkpoints are stored in 16 bits
-    if device == "cpu":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        memory = torch.cuda.mem_get_info(device)[1]
-    if needed > memory:
-        raise ModelError(f"{name!r} needs about {needed / 2**30:.1f} GiB in {bits} bits and this machine has "
-                         f"{memory / 2**30:.1f}: try --bits 4, or use --model pocket")
-
-
-# ---- the policy ----------------------------------------------------------------------------------------------------
 @dataclass
 class Prompt:
     """One state as the model gets it: stored when it is sampled from, scored as stored."""
@@ -162,7 +56,7 @@ class Policy(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.lora = add_lora(model, rank, self.alpha, parts, generator) if parts else {}
         hidden = model.config.text_config.hidden_size
-        self.value_head = _value_head(hidden, generator).to(model.device)
+        self.value_head = ValueHead(hidden, generator).to(model.device)
         self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -288,18 +182,22 @@ class Policy(nn.Module):
         self._train_mode(self.checkpointing and torch.is_grad_enabled())
         hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
         self._train_mode(False)
-        value = self.value_head(hidden[:, P - 1].float()).squeeze(-1)             # (B,)
+        value = self.value_head(hidden[:, P - 1])                                 # (B,)
         logp = self._log_softmax(hidden[:, P - 1:P + T - 1])                      # position t-1 predicts token t
         logp = logp.gather(-1, ids[:, P:, None]).squeeze(-1)                      # (B, T)
         mask = mask[:, P:].float()
         return torch.where(mask > 0, logp, 0.0), mask, value
 
     @torch.no_grad()
+    def states(self, prompts):
+        """What V reads: the hidden states (B, D) at the last prompt tokens, without any response."""
+        ids, mask, positions, P, _ = self._collate(prompts)
+        return self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state[:, P - 1]
+
     def value(self, prompts):
         """V of the states (B,) fp32, without any response."""
-        ids, mask, positions, P, _ = self._collate(prompts)
-        hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
-        return self.value_head(hidden[:, P - 1].float()).squeeze(-1)
+        with torch.no_grad():
+            return self.value_head(self.states(prompts))
 
     @torch.no_grad()
     def generate(self, prompts, generator, max_new_tokens=256, finished=None, greedy=False):
@@ -371,14 +269,36 @@ class Policy(nn.Module):
             self.value_head.load_state_dict(load_file(head))
 
 
-def _value_head(hidden, generator):
-    """The paper's MLP: hidden → 1024 → 512 → 1 with ReLU, in fp32, seeded."""
-    layers = []
-    for wide, narrow in ((hidden, 1024), (1024, 512), (512, 1)):
-        linear = nn.utils.skip_init(nn.Linear, wide, narrow)                      # no draw from the global generator
-        bound = 1 / math.sqrt(wide)
-        with torch.no_grad():
-            linear.weight.uniform_(-bound, bound, generator=generator)
-            linear.bias.zero_()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+class ValueHead(nn.Module):
+    """V: the paper's MLP, hidden → 1024 → 512 → 1 with ReLU, in fp32 and seeded; on standardised inputs, which is ours.
+
+    A language model's last hidden states are nearly the same vector in every state (the pocket model's vary by a
+    fifteenth of their size): an MLP on them learns the mean return and little else, and a baseline that does not know
+    the state calls the best play of a hard state bad. subtle: V reads the hidden states and sends no gradient into
+    them (as VL-DAC, arXiv 2508.04280): its errors, large at first, would move the adapters that write the answers.
+    """
+
+    def __init__(self, hidden, generator):
+        super().__init__()
+        layers = []
+        for wide, narrow in ((hidden, 1024), (1024, 512), (512, 1)):
+            linear = nn.utils.skip_init(nn.Linear, wide, narrow)                  # no draw from the global generator
+            bound = 1 / math.sqrt(wide)
+            with torch.no_grad():
+                linear.weight.uniform_(-bound, bound, generator=generator)
+                linear.bias.zero_()
+            layers += [linear, nn.ReLU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("std", torch.ones(hidden))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def fit(self, hidden):
+        """Take mean and spread of each input from the hidden states (S, D) of the first rollout; fixed from then on."""
+        self.mean.copy_(hidden.mean(0))
+        self.std.copy_(hidden.std(0).clamp(min=1e-6))
+        self.fitted.fill_(True)
+
+    def forward(self, hidden):
+        """(B, D) in any type → (B,) fp32."""
+        return self.mlp((hidden.detach().float() - self.mean) / self.std).squeeze(-1)

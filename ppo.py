@@ -20,15 +20,14 @@ class PPOSettings:
     gamma: float = 0.9              # discount; the paper's
     gae_lambda: float = 0.95        # the paper's
     cot_lambda: float = 0.5         # weight of the thoughts' log-probability; the paper's for the card games
+    ratio: str = "answer"           # what has a ratio of its own: the λ-weighted "answer", or every "token"
     clip: float = 0.1               # ε of the policy's ratio; the paper's
-    value_clip: float = 0.1         # how far a value may move an update; the paper's; 0 for no limit
-    value_coef: float = 0.5         # the paper's
     epochs: int = 4                 # passes over a rollout; the paper's
     minibatch: int = 128            # answers per optimiser step; the paper's
     micro_batch: int = None         # answers per forward pass: memory only, the gradients are the minibatch's
-    target_kl: float = None         # an update ends when a minibatch's approximate KL exceeds this; 0: never
+    target_kl: float = None         # beyond this approximate KL of a minibatch only V learns on; 0: no such limit
     advantage_floor: float = None   # advantages are divided by their standard deviation, but by no less than this
-    max_grad_norm: float = 1.0      # gradients are scaled down to this norm; ours
+    max_grad_norm: float = 1.0      # gradients, V's apart, are scaled down to this norm; ours
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Rollout:
     prompts: list = field(default_factory=list)         # S policy.Prompt: what was put in
     responses: list = field(default_factory=list)       # S lists of token ids: what was sampled
     action_starts: list = field(default_factory=list)   # S token indices: where the action part begins
-    old_logp: torch.Tensor = None       # (S,) λ-weighted, of the policy that sampled
+    old_logp: torch.Tensor = None       # (S, U) of the policy that sampled; U ratios an answer, see ratio_units
     old_values: torch.Tensor = None     # (S,)
     advantages: torch.Tensor = None     # (S,) not normalised
     returns: torch.Tensor = None        # (S,)
@@ -78,24 +77,28 @@ def answer_logprob(logp, mask, action_starts, cot_lambda):
     return (logp * mask * torch.where(is_thought, cot_lambda, 1.0)).sum(1)
 
 
-def policy_loss(logp, old_logp, advantages, clip):
-    """Return (loss, approximate KL, clip fraction), scalars, of (B,) log-probabilities and advantages."""
+def ratio_units(logp, mask, action_starts, settings):
+    """What has a ratio of its own in PPO: return (log-probabilities, their shares of an answer), both (B, U).
+
+    "answer", the paper's: U = 1, the λ-weighted sum. "token", for comparison (as VL-DAC, arXiv 2508.04280): U = T, every
+    token alone with the answer's advantage and an equal share; λ plays no part. Arguments as in answer_logprob.
+    """
+    if settings.ratio == "token":
+        return logp * mask, mask / mask.sum(1, keepdim=True)
+    weighted = answer_logprob(logp, mask, action_starts, settings.cot_lambda)[:, None]
+    return weighted, torch.ones_like(weighted)
+
+
+def policy_loss(logp, old_logp, shares, advantages, clip):
+    """Return (loss, approximate KL, clip fraction), scalars, of logp, old_logp, shares (B, U) and advantages (B,)."""
     log_ratio = logp - old_logp
-    ratio = log_ratio.exp()
+    ratio, A = log_ratio.exp(), advantages[:, None]
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    loss = -(shares * torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)).sum(1).mean()
     with torch.no_grad():
-        kl = (ratio - 1 - log_ratio).mean()         # Schulman's k3 (joschu.net/blog/kl-approx), of λ-weighted answers
-        clipped = ((ratio - 1).abs() > clip).float().mean()
+        kl = (shares * (ratio - 1 - log_ratio)).sum(1).mean()   # Schulman's k3, joschu.net/blog/kl-approx
+        clipped = (shares * ((ratio - 1).abs() > clip)).sum(1).mean()
     return loss, kl, clipped
-
-
-def value_loss(values, old_values, returns, clip):
-    """½ E[max((V − R)², (V_clipped − R)²)], V_clipped within ±clip of the old value; clip 0: ½ E[(V − R)²]."""
-    if clip == 0:
-        return 0.5 * ((values - returns) ** 2).mean()
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()
 
 
 def explained_variance(values, returns):
@@ -118,14 +121,16 @@ def score_rollout(policy, rollout, settings):
     They are the (thoughts', action part's) log-probability: summed over tokens, mean over answers, not λ-weighted.
     """
     S = len(rollout.responses)
-    rollout.old_logp, rollout.old_values = torch.zeros(S), torch.zeros(S)
+    units = max(map(len, rollout.responses)) if settings.ratio == "token" else 1
+    rollout.old_logp, rollout.old_values = torch.zeros(S, units), torch.zeros(S)
     sums = torch.zeros(2)
     for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch):
         logp, mask, value = policy.logprobs(*_gather(rollout, group))
         starts = _starts(rollout, group, logp.device)
         action = answer_logprob(logp, mask, starts, 0.0)
         sums += torch.tensor([(logp.sum() - action.sum()).item(), action.sum().item()])
-        rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
+        old = ratio_units(logp, mask, starts, settings)[0].cpu()
+        rollout.old_logp[group, :old.shape[1]] = old
         rollout.old_values[group] = value.cpu()
     return (parallel.add(sums) / (S * parallel.size())).tolist()
 
@@ -148,7 +153,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
     orders = [torch.randperm(total, generator=generator).tolist() for _ in range(settings.epochs)]
     batches = [order[k:k + settings.minibatch] for order in orders for k in range(0, total, settings.minibatch)]
-    history = []
+    history, moving = [], True
     for number, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4)
@@ -156,14 +161,14 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
         for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, own):
             logp, mask, values = policy.logprobs(*_gather(rollout, group))
             device = logp.device
-            new = answer_logprob(logp, mask, _starts(rollout, group, device), settings.cot_lambda)
-            old = rollout.old_logp[group].to(device)
-            p_loss, kl, clipped = policy_loss(new, old, advantages[group].to(device), settings.clip)
-            v_loss = value_loss(values, rollout.old_values[group].to(device), rollout.returns[group].to(device),
-                                settings.value_clip)
-            loss = p_loss + settings.value_coef * v_loss
+            new, shares = ratio_units(logp, mask, _starts(rollout, group, device), settings)
+            old = rollout.old_logp[group, :new.shape[1]].to(device)
+            p_loss, kl, clipped = policy_loss(new, old, shares, advantages[group].to(device), settings.clip)
+            v_loss = 0.5 * ((values - rollout.returns[group].to(device)) ** 2).mean()
+            # V sends no gradient into what writes the answers, so it can learn on when they have moved far enough
+            loss = p_loss + v_loss if moving else v_loss
             if not torch.isfinite(loss):
-                bad = [i for i, fine in zip(group, (new - old + values).isfinite().tolist()) if not fine]
+                bad = [i for i, fine in zip(group, ((new - old).sum(1) + values).isfinite().tolist()) if not fine]
                 _not_finite(f"loss is {loss.item()}", number, [first + i for i in bad or group])
             # subtle: weighted by its share, so that micro-batches and processes add up to the minibatch's mean
             share = len(group) / len(batch)
@@ -171,12 +176,17 @@ def ppo_update(policy, optimizer, rollout, settings, generator):
             sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
         parallel.add(sums)
         parallel.add_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        if not torch.isfinite(grad_norm):
-            _not_finite(f"gradient's norm is {grad_norm.item()}", number, batch)
-        history.append([*sums.tolist(), grad_norm.item()])
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
+                 for group in optimizer.param_groups]
+        if not all(norm.isfinite() for norm in norms):
+            _not_finite(f"gradient's norm is {[norm.item() for norm in norms]}", number, batch)
+        if moving:
+            history.append([*sums.tolist(), norms[0].item()])
         if settings.target_kl and sums[2].item() > settings.target_kl:
-            break                                           # too far from the policy that sampled: no further step
+            moving = False                                  # too far from the policy that sampled: no further step
+        if not moving:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = None                       # none, not zero: Adam's momentum would go on
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     means = torch.tensor(history).mean(0).tolist()

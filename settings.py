@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from env import GAMES
+from loading import is_small
 from lora import PARTS
-from policy import is_small
 from ppo import PPOSettings
 
 
@@ -35,6 +35,7 @@ class Settings(PPOSettings):
     reward_scale: float = None      # of what GAE sees: brings every game's returns to about 1 (REWARD_SCALE)
     lr: float = None                # falls on a cosine to lr_end over the run's updates, and stays there
     lr_end: float = 1e-9            # the paper's
+    value_lr: float = None          # the value head's own, falling likewise
     rank: int = None                # LoRA's r; α = 2 r as in the paper
     temperature: float = None       # in sampling and in scoring
     gradient_checkpointing: bool = None     # less memory for more time
@@ -53,10 +54,10 @@ REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack"
 
 # The paper's settings are for 7 billion parameters; a million learn at other ones (README, "Differs from the paper").
 BY_SIZE = {
-    "large": {"lr": 1e-5, "rank": 128, "lora_on": tuple(PARTS), "temperature": 0.2, "target_kl": 0.0,
+    "large": {"lr": 1e-5, "value_lr": 1e-5, "rank": 128, "lora_on": tuple(PARTS), "temperature": 0.2, "target_kl": 0.0,
               "advantage_floor": 0.0, "micro_batch": 4, "play_batch": 16, "gradient_checkpointing": True},
-    "small": {"lr": 2e-4, "rank": 32, "lora_on": tuple(PARTS), "temperature": 0.5, "target_kl": 0.1,
-              "advantage_floor": 0.25, "micro_batch": 64, "play_batch": 64, "gradient_checkpointing": False},
+    "small": {"lr": 2e-4, "value_lr": 1e-3, "rank": 32, "lora_on": tuple(PARTS), "temperature": 0.5, "target_kl": 0.1,
+              "advantage_floor": 1.0, "micro_batch": 64, "play_batch": 64, "gradient_checkpointing": False},
 }
 
 
@@ -65,10 +66,11 @@ def defaults_for(config):
     return BY_SIZE["small" if is_small(config) else "large"]
 
 
-def learning_rate(update, settings):
-    """Cosine from lr to lr_end over the run's updates, one step an update, never rising again."""
+def learning_rates(update, settings):
+    """(lr, value_lr) on a cosine down to lr_end over the run's updates, one step an update, never rising again."""
     done = min(1.0, update / max(1, settings.updates()))
-    return settings.lr_end + (settings.lr - settings.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+    return [settings.lr_end + (start - settings.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+            for start in (settings.lr, settings.value_lr)]
 
 
 def make_parser(description=None):
@@ -87,19 +89,20 @@ def make_parser(description=None):
     add("--envs", type=int, help="games side by side; divides --rollout [64]")
     add("--no-cot", dest="cot", action="store_false", help="ask for the action alone (the paper's ablation)")
     add("--cot-lambda", type=float, help="weight of the thoughts' log-probability, 0 to 1 [0.5]")
+    add("--ratio", choices=("answer", "token"), help="what has a ratio of its own in PPO [answer: the paper's]")
     add("--temperature", type=float, help="of sampling and of scoring [0.5 pocket, 0.2 else]")
     add("--max-new-tokens", type=int, help="longest answer [256]")
     add("--lr", type=float, help="at the start, falling on a cosine [2e-4 pocket, 1e-5 else]")
+    add("--value-lr", type=float, help="the value head's, falling likewise [1e-3 pocket, 1e-5 else]")
     add("--rank", type=int, help="of the LoRA adapters [32 pocket, 128 else]")
     add("--lora-on", type=lambda text: tuple(text.split(",")), help=f"which parts learn [{','.join(PARTS)}]")
     add("--reward-scale", type=float, help="of what GAE sees [0.1 on the formula games, 1 else]")
     add("--gamma", type=float, help="discount [0.9]")
     add("--gae-lambda", type=float, help="[0.95]")
     add("--clip", type=float, help="PPO's epsilon [0.1]")
-    add("--value-clip", type=float, help="how far a value may move an update, 0 for no limit [0.1]")
     add("--target-kl", type=float, help="a KL beyond this ends an update; 0: none does [0.1 pocket, 0 else]")
     add("--advantage-floor", type=float,
-        help="advantages are divided by their standard deviation, but by no less than this [0.25 pocket, 0 else]")
+        help="advantages are divided by their standard deviation, but by no less than this [1 pocket, 0 else]")
     add("--epochs", type=int, help="passes over a rollout [4]")
     add("--minibatch", type=int, help="answers per optimiser step [128]")
     add("--micro-batch", type=int, help="answers per forward pass: lower it when memory runs out [64 pocket, 4 else]")
@@ -150,14 +153,14 @@ def _problem(s):
     for name in ("cot_lambda", "gamma", "gae_lambda", "clip"):
         if not 0 <= getattr(s, name) <= 1:
             return f"--{name.replace('_', '-')} must lie between 0 and 1"
-    for name in ("lr", "rank", "temperature", "micro_batch", "play_batch", "reward_scale"):
+    for name in ("lr", "value_lr", "rank", "temperature", "micro_batch", "play_batch", "reward_scale"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             return f"--{name.replace('_', '-')} must be above 0"
     if s.rollout % s.envs:
         return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
     if s.steps < s.rollout:
         return f"--steps {s.steps} is less than one rollout of {s.rollout}: lower --rollout (and --envs)"
-    for name in ("seed", "eval_episodes", "value_clip", "target_kl", "advantage_floor"):
+    for name in ("seed", "eval_episodes", "target_kl", "advantage_floor"):
         if (getattr(s, name) or 0) < 0:
             return f"--{name.replace('_', '-')} must not be negative"
     if s.rollout < 2:

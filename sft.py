@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from env import GAMES
 from expert import expert_action, reading, thoughts
+from loading import ModelError, is_small, open_model
 from lora import PARTS, adapter_settings
 from parse import make_answer, make_prompt
-from policy import ModelError, Policy, is_small, open_model
+from policy import Policy
 from ppo import by_length
 from settings import defaults_for
 

@@ -6,7 +6,7 @@
                        answer_tokens=100)                           # {use: bytes}, counted on no device
 
 Speed and memory do not hang on the weights' values; bench.py measures this model. Prompts are of one token a byte,
-longer than the real tokenizer's. Does not handle: the real checkpoint (policy.load_model).
+longer than the real tokenizer's. Does not handle: the real checkpoint (loading.load_model).
 """
 
 import torch

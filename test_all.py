@@ -44,12 +44,12 @@ import bench
 import draw
 import eval as evaluation
 import expert
+import loading
 import lora
 import parallel
 import parse
 import plot
 import pocket
-import policy as policy_module
 import ppo
 import settings as run_settings
 import sft
@@ -57,10 +57,11 @@ import shape7b
 import train
 from env import GAMES
 from formula import evaluate, solutions
-from policy import POCKET, ModelError, Policy, load_model
+from loading import POCKET, ModelError, load_model
+from policy import Policy, ValueHead
 
 HERE = Path(__file__).parent
-MODULES = ["draw", "formula", "env", "parse", "expert", "lora", "policy", "parallel", "ppo", "sft", "pocket", "eval",
+MODULES = ["draw", "formula", "env", "parse", "expert", "lora", "loading", "policy", "parallel", "ppo", "sft", "pocket", "eval",
            "settings", "train", "shape7b", "bench"]
 
 
@@ -527,6 +528,36 @@ def test_only_adapters_and_value_head_learn(shipped):
         assert adapted == set(parts)
 
 
+def test_the_value_head_only_reads(agent):
+    _, _, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
+    value.sum().backward()
+    assert all(parameter.grad is None for name, parameter in agent.trainable() if not name.startswith("value_head"))
+    assert all(parameter.grad is not None for parameter in agent.value_head.parameters())
+    agent.zero_grad()
+
+
+def test_values_of_states_that_are_nearly_the_same_vector():
+    """States vary by 5 % around a large common part: on standardised inputs V tells them apart, on raw ones not."""
+    generator = torch.Generator().manual_seed(0)
+    states = 10 + 0.05 * torch.randn(256, 32, generator=generator)
+    returns, explained = 5 * (states[:, 0] - 10), {}
+    for fitted in (False, True):
+        head = ValueHead(32, torch.Generator().manual_seed(1))
+        if fitted:
+            head.fit(states)
+            inputs = (states - head.mean) / head.std
+            torch.testing.assert_close(inputs.std(0), torch.ones(32))
+            torch.testing.assert_close(inputs.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (0.5 * (head(states) - returns) ** 2).mean().backward()
+            optimizer.step()
+        explained[fitted] = ppo.explained_variance(head(states).detach(), returns)
+    assert explained[True] > 0.9 and explained[False] < 0.3
+    assert head(states.bfloat16()).dtype == torch.float32
+
+
 def test_pixels_are_the_processors_base_view(agent):
     pictures = [picture for _, picture, _ in states_of("blackjack", 3)]
     theirs = agent.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"][:, 0]
@@ -733,7 +764,7 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
         load_model(str(tmp_path))
     with pytest.raises(ModelError, match="4, 16 or 32"):
         load_model(str(tiny), bits=8)
-    monkeypatch.setattr(policy_module.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(loading.os, "sysconf", lambda name: 1)
     with pytest.raises(ModelError, match="--bits 4"):
         load_model(str(tiny))
 
@@ -814,19 +845,33 @@ def test_answer_logprob_weighs_thoughts_and_action():
 
 def test_gradient_vanishes_exactly_where_clipping_says_so():
     for advantage, ratio in itertools.product((1.0, -1.0), (0.7, 0.95, 1.0, 1.05, 1.4)):
-        logp = torch.tensor([math.log(ratio)], requires_grad=True)
-        loss, _, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), 0.1)
+        logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        loss, _, clipped = ppo.policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([advantage]), 0.1)
         loss.backward()
         outside = ratio > 1.1 if advantage > 0 else ratio < 0.9
         assert logp.grad.item() == pytest.approx(0.0 if outside else -advantage * ratio)
         assert (logp.grad.item() == 0) == outside and clipped.item() == float(abs(ratio - 1) > 0.1)
 
 
-def test_value_loss_and_diagnostics_by_hand():
-    # the value moved from 0 to 1, may count as 0.1 at most: (1 − 2)² = 1 against (0.1 − 2)² = 3.61
-    assert ppo.value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0.1).item() == pytest.approx(1.805)
-    assert ppo.value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0).item() == pytest.approx(0.5)
-    loss, kl, _ = ppo.policy_loss(torch.tensor([0.1, -0.2]), torch.zeros(2), torch.tensor([1.0, 1.0]), 0.5)
+def test_a_ratio_for_every_token_by_hand():
+    """Answers of 2 and 1 tokens, old log-probabilities 0: ρ = (1.05, 1.3) with A = 2 and ρ = 0.5 with A = −1, ε = 0.1."""
+    logp = torch.tensor([[1.05, 1.3], [0.5, 9.0]]).log().requires_grad_()
+    mask, starts = torch.tensor([[1.0, 1], [1, 0]]), torch.tensor([1, 0])
+    options = ppo.PPOSettings(ratio="token", cot_lambda=0.0)                       # λ plays no part
+    new, shares = ppo.ratio_units(logp, mask, starts, options)
+    assert shares.tolist() == [[0.5, 0.5], [1, 0]] and new[1, 1] == 0
+    loss, kl, clipped = ppo.policy_loss(new, torch.zeros(2, 2), shares, torch.tensor([2.0, -1.0]), 0.1)
+    assert loss.item() == pytest.approx(-((1.05 * 2 + 1.1 * 2) / 2 - 0.9) / 2)     # the larger of 0.5 and 0.9 counts
+    assert clipped.item() == 0.75 and kl.item() > 0
+    loss.backward()
+    assert logp.grad[0, 0].item() == pytest.approx(-1.05 * 2 / 2 / 2) and logp.grad.count_nonzero() == 1
+    whole, ones = ppo.ratio_units(logp, mask, starts, ppo.PPOSettings(cot_lambda=0.5))
+    assert whole.shape == ones.shape == (2, 1) and ones.min() == 1
+    assert whole[0, 0].item() == pytest.approx(0.5 * math.log(1.05) + math.log(1.3))
+
+
+def test_diagnostics_by_hand():
+    loss, kl, _ = ppo.policy_loss(torch.tensor([[0.1], [-0.2]]), torch.zeros(2, 1), torch.ones(2, 1), torch.ones(2), 0.5)
     assert kl.item() == pytest.approx(((math.exp(0.1) - 1.1) + (math.exp(-0.2) - 0.8)) / 2, abs=1e-6)
     returns = torch.tensor([1.0, 2.0, 3.0])
     assert ppo.explained_variance(returns, returns) == 1.0
@@ -859,8 +904,9 @@ def bandit_rollout(policy, options, generator, n=64):
     return rollout
 
 
-def test_ppo_teaches_a_bandit():
-    policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=32)
+@pytest.mark.parametrize("ratio", ["answer", "token"])
+def test_ppo_teaches_a_bandit(ratio):
+    policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=32, ratio=ratio)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
@@ -913,7 +959,7 @@ def test_micro_batches_add_up_to_the_minibatch(agent, shipped):
 
 
 @pytest.mark.parametrize("value, message", [(torch.nan, r"loss is nan.*samples \[5\].*smaller --lr"),
-                                            (-torch.inf, r"gradient's norm is nan.*smaller --lr")])
+                                            (-torch.inf, r"gradient's norm is \[nan.*smaller --lr")])
 def test_what_is_not_finite_stops_the_run_before_a_step(value, message):
     policy, options = Bandit(), ppo.PPOSettings(micro_batch=16, minibatch=64)
     rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
@@ -926,7 +972,7 @@ def test_what_is_not_finite_stops_the_run_before_a_step(value, message):
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
 def make_run(shipped, task, **changes):
     options = run_settings.Settings(task=task, model="pocket", **({"rollout": 32, "envs": 16, "steps": 64, "rank": 8,
-                                    "lr": 1e-3, "temperature": 0.5, "reward_scale": 0.1, "micro_batch": 16,
+                                    "lr": 1e-3, "value_lr": 1e-3, "temperature": 0.5, "reward_scale": 0.1, "micro_batch": 16,
                                     "play_batch": 64, "max_new_tokens": 80} | changes))
     agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=options.rank, seed=options.seed,
                    temperature=options.temperature)
@@ -945,7 +991,7 @@ def test_ratio_is_one_before_the_first_step(shipped, task, bits, limit):
     for group in ([3, 40, 17], list(range(48))[::-5], [0]):             # other batches than those that scored first
         logp, mask, _ = run.policy.logprobs([rollout.prompts[i] for i in group], [rollout.responses[i] for i in group])
         starts = torch.tensor([rollout.action_starts[i] for i in group])
-        ratio = (ppo.answer_logprob(logp, mask, starts, 0.5) - rollout.old_logp[group]).exp()
+        ratio = (ppo.answer_logprob(logp, mask, starts, 0.5) - rollout.old_logp[group, 0]).exp()
         worst = max(worst, (ratio - 1).abs().max().item())
     assert worst < limit
     assert metrics["thought_logp"] < 0 and metrics["action_logp"] <= 0
@@ -983,10 +1029,11 @@ def test_each_value_belongs_to_its_own_state(shipped, task):
 
 
 def test_learning_rate_falls_and_stays_down():
-    options = run_settings.Settings(lr=1e-3, steps=5120)
-    rates = [run_settings.learning_rate(u, options) for u in range(15)]
+    options = run_settings.Settings(lr=1e-3, value_lr=0.1, steps=5120)
+    rates, of_value = zip(*(run_settings.learning_rates(u, options) for u in range(15)))
+    assert of_value[0] == pytest.approx(0.1) and of_value[5] == pytest.approx(0.05) and of_value[-1] < 1e-8
     assert rates[0] == pytest.approx(1e-3) and rates[5] == pytest.approx(5e-4, rel=1e-3)
-    assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == [pytest.approx(1e-9)] * 5
+    assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == (pytest.approx(1e-9),) * 5
 
 
 def test_seeds_differ_everywhere(shipped):

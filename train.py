@@ -26,11 +26,12 @@ import parallel
 from env import GAMES
 from eval import act, checkpoints, evaluate, model_player
 from expert import reads_right
+from loading import ModelError, is_small, open_model
 from lora import adapter_settings
 from parse import make_prompt
-from policy import ModelError, Policy, is_small, open_model
+from policy import Policy
 from ppo import Rollout, gae, ppo_update, score_rollout
-from settings import REWARD_SCALE, defaults_for, learning_rate, read_settings
+from settings import REWARD_SCALE, defaults_for, learning_rates, read_settings
 
 
 class Run:
@@ -38,8 +39,10 @@ class Run:
 
     def __init__(self, settings, policy, base="pocket"):
         self.settings, self.policy, self.base, self.update = settings, policy, base, 0
-        parameters = [parameter for _, parameter in policy.trainable()]
-        self.optimizer = torch.optim.Adam(parameters, lr=settings.lr, eps=1e-7)          # the paper's ε
+        head = list(policy.value_head.parameters())
+        writes = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
+        self.optimizer = torch.optim.Adam([{"params": writes, "lr": settings.lr},
+                                           {"params": head, "lr": settings.value_lr}], eps=1e-7)     # the paper's ε
         # One seed, independent streams: each process's tokens and fallback actions; the order of samples, the same on
         # every process; and one for each game, of which a process plays its share.
         rank, share = parallel.rank(), settings.envs // parallel.size()
@@ -136,6 +139,8 @@ def collect(run, progress=lambda steps: None):
         progress(settings.envs)
     transcript["reward"] = rewards[-1, 0].item()
 
+    if not policy.value_head.fitted:
+        policy.value_head.fit(parallel.concat(_batched(run, policy.states, rollout.prompts).float()))
     thought_logp, action_logp = score_rollout(policy, rollout, settings)
     add_advantages(run, rollout, rewards, terminated, truncated, states, cut_off)
     returns, successes, named, read, lengths = (
@@ -155,19 +160,20 @@ def add_advantages(run, rollout, rewards, terminated, truncated, states, cut_off
     settings = run.settings
     values = rollout.old_values.view_as(rewards)
     texts = [make_prompt(game, info, settings.cot) for game, (_, info) in zip(run.games, states)]
-    last_values = _values(run, run.policy.encode([picture for picture, _ in states], texts))
+    last_values = _batched(run, run.policy.value, run.policy.encode([picture for picture, _ in states], texts))
     next_values = torch.cat([values[1:], last_values[None]])
     if cut_off:
         when, which, pictures, texts = zip(*cut_off)
-        next_values[when, which] = _values(run, run.policy.encode(pictures, texts))
+        next_values[when, which] = _batched(run, run.policy.value, run.policy.encode(pictures, texts))
     advantages, targets = gae(rewards * settings.reward_scale, values, next_values, terminated, truncated,
                               settings.gamma, settings.gae_lambda)
     rollout.advantages, rollout.returns = advantages.flatten(), targets.flatten()
 
 
-def _values(run, prompts):
+def _batched(run, function, prompts):
+    """A function of prompts, in micro-batches; its results on the CPU."""
     size = run.settings.micro_batch
-    return torch.cat([run.policy.value(prompts[k:k + size]).cpu() for k in range(0, len(prompts), size)])
+    return torch.cat([function(prompts[k:k + size]).cpu() for k in range(0, len(prompts), size)])
 
 
 def _mean(numbers):
@@ -177,7 +183,7 @@ def _mean(numbers):
 def make_policy(settings, loaded=None):
     """Return (policy, its base's name); the settings that hang on the model's size are filled in.
 
-    loaded: a policy.Loaded to use instead of what settings.model names.
+    loaded: a loading.Loaded to use instead of what settings.model names.
     """
     loaded = loaded or open_model(settings.model, settings.bits)
     settings.model, settings.bits = loaded.name, loaded.bits
@@ -221,15 +227,15 @@ def train(run, folder, checkpoint=None):
               disable=None if first else True) as bar:
         while run.update < settings.updates():
             begun = time.perf_counter()
-            lr = learning_rate(run.update, settings)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
+            rates = learning_rates(run.update, settings)
+            for group, rate in zip(run.optimizer.param_groups, rates):
+                group["lr"] = rate
             rollout, metrics, transcript = collect(run, bar.update)
             collected = time.perf_counter()
             metrics |= ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)
             run.update += 1
             if first:
-                record(folder, {"update": run.update, "env_steps": run.update * settings.rollout, "lr": lr}, metrics,
+                record(folder, {"update": run.update, "env_steps": run.update * settings.rollout, "lr": rates[0]}, metrics,
                        transcript, (collected - begun, time.perf_counter() - collected), bar)
             if run.update % settings.save_every == 0 or run.update == settings.updates():
                 run.save(folder)

@@ -1,0 +1,120 @@
+"""Finding and loading a LLaVA: a hub name, a folder, the pocket model, or a folder of adapters and its base.
+
+    loaded = open_model("auto")                             # what a command line's --model and --bits stand for
+    model, processor = load_model("llava-hf/llava-v1.6-mistral-7b-hf", bits=4, device="cuda")
+
+All errors are ModelErrors that say what to do. Does not handle: what is done with the model (policy.py); adapters'
+weights (lora.py): only which base they belong to.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from lora import base_name
+
+LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
+POCKET = Path(__file__).parent / "checkpoints" / "pocket"
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be used; the message says why and what to do."""
+
+
+def load_model(name, bits=32, device="cpu"):
+    """Return (model, processor) of a hub name or a folder.
+
+    bits: 4 (NF4 with double quantisation), 16 (bfloat16) or 32. Raises ModelError with advice.
+    """
+    if bits not in (4, 16, 32):
+        raise ModelError(f"bits must be 4, 16 or 32, not {bits}")
+    dtype = torch.float32 if bits == 32 or (bits == 4 and device == "cpu") else torch.bfloat16
+    quantisation = None
+    if bits == 4:
+        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                          bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    _config(name)
+    _check_memory(name, bits, device)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, quantization_config=quantisation, device_map={"": device})
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name!r} has a configuration but does not load whole: is a file missing or cut off? "
+                         f"The loader said: {error}") from error
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
+                         "or use --model pocket.") from error
+    if not getattr(processor, "chat_template", None):
+        raise ModelError(f"{name!r} has no chat template: use a LLaVA-NeXT checkpoint with its whole processor")
+    return model, processor
+
+
+def _config(name):
+    """The configuration of a hub name or a folder; ModelError unless it is a LLaVA-NeXT."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot find a model {name!r}: it is neither a folder with a model here nor a name that the "
+                         "hub gave an answer for. Check the spelling; without a network, download it elsewhere "
+                         f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
+    if config.model_type != "llava_next":
+        raise ModelError(f"{name!r} is a {config.model_type}: no model that takes pictures the way this program gives "
+                         f"them. Use a LLaVA-NeXT checkpoint, such as {LLAVA_7B}.")
+    return config
+
+
+@dataclass
+class Loaded:
+    """What a command line's --model and --bits stand for."""
+    model: nn.Module
+    processor: object
+    name: str               # the model's, "auto" resolved
+    bits: str               # "4", "16" or "32", "auto" resolved
+    base: str               # the model's without adapters: what adapters of it are made for
+    adapters: str = None    # the folder of adapters to go on with, where name is one
+
+
+def open_model(model="auto", bits="auto"):
+    """Return Loaded for a command line's words.
+
+    model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
+    model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
+    bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
+    """
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    name, adapters = str(model), None
+    if model == "auto":
+        large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
+        name = LLAVA_7B if large else "pocket"
+        print(f"model: {name} ({'a GPU with 20 GB or more is' if large else 'no GPU with 20 GB is'} here; choose "
+              f"another with --model {'pocket' if large else LLAVA_7B})")
+    source = name
+    if (Path(name) / "adapter_config.json").exists():
+        adapters, source = name, base_name(name)
+    folder = str(POCKET) if source == "pocket" else source
+    if bits == "auto":
+        bits = 4 if device != "cpu" and not is_small(_config(folder)) else 32
+    return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters)
+
+
+def is_small(config):
+    """Whether a model's configuration is of pocket size (which the defaults hang on), not of a 7B one's."""
+    return config.text_config.hidden_size < 1024
+
+
+def _check_memory(name, bits, device):
+    """Refuse a folder of weights larger than the whole memory, before the machine swaps or kills the run."""
+    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
+    needed = stored * bits / 16                                   # checkpoints are stored in 16 bits
+    if device == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        memory = torch.cuda.mem_get_info(device)[1]
+    if needed > memory:
+        raise ModelError(f"{name!r} needs about {needed / 2**30:.1f} GiB in {bits} bits and this machine has "
+                         f"{memory / 2**30:.1f}: try --bits 4, or use --model pocket")
