@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from cnn import FeaturePolicy
 from env import GAMES
 from expert import continuation, expert_action, plan_right, planned, reads_right
 from loading import ModelError, open_model
@@ -200,6 +201,10 @@ def open_run(run):
         raise ModelError(f"{run} holds no checkpoint: is it the folder that train.py wrote (--out)?")
     last = checkpoints(run)[-1]
     settings = json.loads((Path(run) / "config.json").read_text())
+    if settings["model"] == "cnn":
+        policy = FeaturePolicy(GAMES[settings["task"]]().legal_actions())
+        policy.load(last)
+        return policy, settings
     loaded = open_model(settings["model"], settings["bits"])
     policy = Policy(loaded.model, loaded.processor, **adapter_settings(last), temperature=settings["temperature"])
     policy.load(last)

@@ -1,8 +1,10 @@
-"""Redraws the README's figure and its tables of results: what was measured here from results/, the rest from PAPER.
+"""Redraws the README's figures and tables of results: what was measured here from results/, the rest from PAPER.
 
-    python plot.py                      # writes results/curves.png, prints the tables
+    python plot.py                      # writes results/curves.png and results/lambda.png, prints the tables
 
-A curve is the success of the episodes that ended in each rollout; dots are the held-out games before and after.
+A curve is the success of the episodes that ended in each rollout, the mean over seeds; its band goes from the lowest
+to the highest seed. "a ± b" is the mean over seeds and half of its 95 % interval (Student's t). The tables' rows are
+the runs that are there: `TASK[-VARIANT]-seedN`.
 """
 
 import json
@@ -17,104 +19,182 @@ from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 RESULTS = Path(__file__).parent / "results"
 # Success in %: the paper's tables (peaks of training curves) and the exact ceilings (the share of solvable deals,
 # expert.blackjack_value_of_game).
-PAPER = {"numberline": {"LLaVA-sft": 24.8, "RL": 89.4, "ceiling": 100.0},
-         "ezpoints": {"LLaVA-sft": 23.0, "RL": 50.0, "ceiling": 100.0},
-         "points24": {"LLaVA-sft": 2.6, "RL": 2.3, "ceiling": 73.1},
-         "blackjack": {"LLaVA-sft": 23.1, "RL": 40.2, "ceiling": 43.2}}
+PAPER = {"numberline": {"SFT": 24.8, "RL": 89.4, "no CoT": 26.9, "CNN": 87.1, "ceiling": 100.0},
+         "ezpoints": {"SFT": 23.0, "RL": 50.0, "no CoT": 29.9, "CNN": 0.0, "ceiling": 100.0},
+         "points24": {"SFT": 2.6, "RL": 2.3, "no CoT": 0.0, "CNN": 0.0, "ceiling": 73.1},
+         "blackjack": {"SFT": 23.1, "RL": 40.2, "no CoT": 40.4, "CNN": 38.8, "ceiling": 43.2}}
+LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
+# Student's t, 97.5 %, by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
+# ---- reading --------------------------------------------------------------------------------------------------------
 def read(path):
     return json.loads(path.read_text())
 
 
-def runs_of(task):
-    """The folders of a task's main runs, a folder a seed."""
-    return sorted(folder for folder in RESULTS.glob(f"{task}-seed*") if (folder / "eval.json").exists())
+def runs(task, variant=""):
+    """The finished runs of a task (and a variant, such as "no-cot"), a folder a seed."""
+    name = f"{task}-{variant}-seed*" if variant else f"{task}-seed*"
+    return sorted(folder for folder in RESULTS.glob(name) if (folder / "eval.json").exists())
 
 
-def curve(folder):
-    """(env steps, success) of a run, as arrays."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["success"] is not None]
-    return np.array([row["env_steps"] for row in rows]), np.array([row["success"] for row in rows])
+def finals(folders, key="success"):
+    return [100 * read(folder / "eval.json")[key] for folder in folders]
 
 
+def baseline(task, name, key="success"):
+    """Of what RL did not train, in %: random, constant, expert, start, start-no-cot."""
+    return 100 * read(RESULTS / "baselines" / f"{task}-{name}.json")[key]
+
+
+def mean_interval(values):
+    """(mean, half of its 95 % interval, None for one value).
+
+    >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
+    [2.0, 2.48]
+    """
+    n = len(values)
+    return np.mean(values), T[n - 1] * np.std(values, ddof=1) / n ** 0.5 if n > 1 else None
+
+
+def shown(values):
+    """"mean ± half (n)" of percentages, with as many seeds as there are; "–" where there is none."""
+    if not values:
+        return "–"
+    mean, half = mean_interval(values)
+    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}") + ("" if len(values) == 3 else f" ({len(values)})")
+
+
+def curves(folders):
+    """(env steps (U,), success (seeds, U)): NaN where no episode ended in a rollout."""
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    success = [[np.nan if row["success"] is None else 100 * row["success"] for row in run] for run in rows]
+    return np.array([row["env_steps"] for row in rows[0]]), np.array(success)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
 def draw_curves(path):
-    """One panel a game: every seed's curve, held-out success before and after, the paper's lines as dashes."""
+    """One panel a game: with and without chain of thought over training, the paper's lines as dashes."""
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.4))
     for axes, (task, paper) in zip(panels, PAPER.items()):
-        for folder in runs_of(task):
-            steps, success = curve(folder)
-            axes.plot(steps, 100 * success, color="tab:blue", alpha=0.8, linewidth=1.2)
-            ends = [100 * read(folder / name)["success"] for name in ("eval_start.json", "eval.json")]
-            axes.plot([0, steps[-1]], ends, "o", color="tab:blue")
-        for (name, level), style in zip(paper.items(), ("tab:gray", "tab:orange", "black")):
-            axes.axhline(level, linestyle="--", linewidth=0.9, color=style,
-                         label={"RL": "the paper, RL", "LLaVA-sft": "the paper, SFT"}.get(name, name))
+        for variant, start, label, color in (("", "start", "RL", "tab:blue"),
+                                             ("no-cot", "start-no-cot", "RL without CoT", "tab:red")):
+            folders = runs(task, variant)
+            if not folders:
+                continue
+            steps, success = curves(folders)
+            axes.plot(steps, success.mean(0), color=color, label=label)
+            axes.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.2, linewidth=0)
+            axes.plot([0], [baseline(task, start)], "o", color=color, markersize=4)
+            axes.plot([steps[-1]] * len(folders), finals(folders), "o", color=color, markersize=4)
+        for name, color in (("SFT", "tab:gray"), ("RL", "tab:orange"), ("ceiling", "black")):
+            axes.axhline(paper[name], linestyle="--", linewidth=0.9, color=color,
+                         label="exact ceiling" if name == "ceiling" else f"the paper, {name}")
         axes.set(title=task, xlabel="environment steps", ylim=(0, 104 if paper["ceiling"] > 50 else 60))
     panels[0].set_ylabel("success, %")
-    panels[0].legend(fontsize=8, loc="center right")
+    panels[0].legend(fontsize=7, loc="center right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def lambda_runs(task, weight):
+    return runs(task) if weight == "0.5" else runs(task, f"lambda-{weight}")
+
+
+def draw_lambda(path):
+    """Held-out success after RL over λ, a dot a seed, the line through the means."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    for axes, task in zip(panels, ("numberline", "blackjack")):
+        points = {float(weight): finals(lambda_runs(task, weight)) for weight in LAMBDAS}
+        points = {weight: values for weight, values in points.items() if values}
+        for weight, values in points.items():
+            axes.plot([weight] * len(values), values, "o", color="tab:blue", markersize=4)
+        axes.plot(list(points), [np.mean(values) for values in points.values()], color="tab:blue", label="RL")
+        axes.axhline(baseline(task, "start"), linestyle="--", color="tab:gray", linewidth=0.9, label="SFT start")
+        axes.set(title=task, xlabel="λ", ylabel="success, %", ylim=(0, 104) if task == "numberline" else (30, 45))
+        axes.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# ---- tables, in Markdown --------------------------------------------------------------------------------------------
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def table():
-    """The main table in Markdown: a row per run, held-out success in % with its 95 % interval."""
-    lines = ["| run | random | best constant action | exact ceiling | the paper: SFT → RL | here: SFT start | here: RL | "
-             "minutes |", "|---|---|---|---|---|---|---|---|"]
+    """The main table: held-out success in %, mean ± half of its 95 % interval over the seeds."""
+    rows = []
     for task, paper in PAPER.items():
-        chance, constant = (100 * read(RESULTS / "baselines" / f"{task}-{name}.json")["success"]
-                            for name in ("random", "constant"))
-        for folder in runs_of(task):
-            start, end = read(folder / "eval_start.json"), read(folder / "eval.json")
-            wall = read(folder / "wall.json") if (folder / "wall.json").exists() else None
-            minutes = f"{wall['wall_s'] / 60:.1f}" if wall else "–"
-            shares = [f"{100 * r['success']:.1f} ({100 * r['success_low']:.1f} to {100 * r['success_high']:.1f})"
-                      for r in (start, end)]
-            lines.append(f"| {folder.name} | {chance:.1f} | {constant:.1f} | {paper['ceiling']} | "
-                         f"{paper['LLaVA-sft']} → {paper['RL']} | {shares[0]} | **{shares[1]}** | {minutes} |")
-    return "\n".join(lines)
+        chance, constant, expert, start = (f"{baseline(task, name):.1f}"
+                                           for name in ("random", "constant", "expert", "start"))
+        rows.append([task, chance, constant, expert, str(paper["ceiling"]), start, f"**{shown(finals(runs(task)))}**",
+                     shown(finals(runs(task, "no-cot"))), shown(finals(runs(task, "cnn"))),
+                     f"{paper['SFT']} → {paper['RL']}", str(paper["no CoT"]), str(paper["CNN"])])
+    return markdown(["", "random", "best constant action", "expert", "exact ceiling", "SFT start", "RL",
+                     "RL without CoT", "features + MLP", "paper: SFT → RL", "paper: no CoT", "paper: CNN"], rows)
 
 
-def conduct():
-    """What a run's answers are like before → after, in Markdown."""
-    keys = {"parse_rate": "named a legal action", "reading_rate": "read the picture right",
-            "expert_agreement": "played as the expert"}
-    lines = [f"| run | {' | '.join(keys.values())} |", "|---|---|---|---|"]
-    for folder in [folder for task in PAPER for folder in runs_of(task)]:
-        start, end = read(folder / "eval_start.json"), read(folder / "eval.json")
-        shares = " | ".join(f"{100 * start[key]:.1f} → {100 * end[key]:.1f}" for key in keys)
-        lines.append(f"| {folder.name} | {shares} |")
-    return "\n".join(lines)
+def seeds():
+    """Every main run: success with its 95 % Wilson interval, what its answers are like before → after, minutes."""
+    keys = ("parse_rate", "reading_rate", "expert_agreement")
+    rows = []
+    for task, folder in [(task, folder) for task in PAPER for folder in runs(task)]:
+        end = read(folder / "eval.json")
+        low, high = 100 * end["success_low"], 100 * end["success_high"]
+        minutes = f"{read(folder / 'wall.json')['wall_s'] / 60:.0f}" if (folder / "wall.json").exists() else "–"
+        rows.append([folder.name, f"{100 * end['success']:.1f} ({low:.1f} to {high:.1f})",
+                     *(f"{baseline(task, 'start', key):.1f} → {100 * end[key]:.1f}" for key in keys), minutes])
+    return markdown(["run", "success (95 % of these games)", "named a legal action", "read the picture right",
+                     "played as the expert", "minutes"], rows)
+
+
+def lambdas():
+    """Held-out success in % by λ."""
+    rows = [[task, *(shown(finals(lambda_runs(task, weight))) for weight in LAMBDAS)]
+            for task in ("numberline", "blackjack")]
+    return markdown(["λ", *LAMBDAS], rows)
+
+
+def ratios():
+    """The λ-weighted ratio of a whole answer beside a ratio for every token."""
+    rows = [[task, shown(finals(runs(task))), shown(finals(runs(task, "token")))] for task in ("numberline", "ezpoints")]
+    return markdown(["", "one ratio an answer, λ = 0.5", "one ratio a token"], rows)
 
 
 def decisions():
-    """How often each Blackjack policy hits, by total, in Markdown: what the average does not show."""
-    keys = {"hit_rate_to_11": "on 4 to 11", "hit_rate_12_to_16": "on 12 to 16", "hit_rate_from_17": "on 17 to 21"}
-    lines = [f"| hits | {' | '.join(keys.values())} | wins |", "|---|---|---|---|---|"]
-    rows = [("the exact best play for wins", RESULTS / "baselines" / "blackjack-expert.json")]
-    for folder in runs_of("blackjack"):
-        rows += [(f"{folder.name}: SFT start", folder / "eval_start.json"),
-                 (f"{folder.name}: after RL", folder / "eval.json")]
-    for name, path in rows:
-        result = read(path)
-        shares = " | ".join(f"{100 * result[key]:.0f} %" for key in keys)
-        lines.append(f"| {name} | {shares} | {100 * result['success']:.1f} % |")
-    return "\n".join(lines)
+    """How often each Blackjack policy hits, by total: what the average does not show."""
+    keys = ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17")
+    found = {"the exact best play for wins": "baselines/blackjack-expert.json", "SFT start": "baselines/blackjack-start.json"}
+    for name, variant in (("RL, seed", ""), ("RL without CoT, seed", "no-cot")):
+        found |= {f"{name} {folder.name[-1]}": f"{folder.name}/eval.json" for folder in runs("blackjack", variant)}
+    rows = []
+    for name, file in found.items():
+        result = read(RESULTS / file)
+        rows.append([name, *(f"{100 * result[key]:.0f} %" for key in keys), f"{100 * result['success']:.1f} %"])
+    return markdown(["hits", "on 4 to 11", "on 12 to 16", "on 17 to 21", "wins"], rows)
 
 
 def plans():
-    """How often the formula games' written plan is right, and is followed, in Markdown."""
-    lines = ["| formula games | plan right while a solution is in reach | next symbol follows the plan | success |",
-             "|---|---|---|---|"]
-    for folder in [*runs_of("ezpoints"), *runs_of("points24")]:
-        for name, file in (("SFT start", "eval_start.json"), ("after RL", "eval.json")):
-            result = read(folder / file)
-            shares = " | ".join(f"{100 * result[key]:.0f} %" for key in ("plan_rate", "plan_followed"))
-            lines.append(f"| {folder.name}: {name} | {shares} | {100 * result['success']:.1f} % |")
-    return "\n".join(lines)
+    """How often the formula games' written plan is right, and is followed."""
+    rows = []
+    for task in ("ezpoints", "points24"):
+        found = {"SFT start": f"baselines/{task}-start.json"}
+        found |= {f"RL, seed {folder.name[-1]}": f"{folder.name}/eval.json" for folder in runs(task)}
+        for name, file in found.items():
+            result = read(RESULTS / file)
+            shares = (f"{100 * result[key]:.0f} %" for key in ("plan_rate", "plan_followed"))
+            rows.append([f"{task}: {name}", *shares, f"{100 * result['success']:.1f} %"])
+    return markdown(["formula games", "plan right while a solution is in reach", "next symbol follows the plan",
+                     "success"], rows)
 
+
+TABLES = (table, seeds, lambdas, ratios, decisions, plans)
 
 if __name__ == "__main__":
     draw_curves(RESULTS / "curves.png")
-    print(table(), conduct(), decisions(), plans(), sep="\n\n")
+    draw_lambda(RESULTS / "lambda.png")
+    print(*(make() for make in TABLES), sep="\n\n")

@@ -37,6 +37,7 @@ class Prompt:
     """One state as the model gets it: stored when it is sampled from, scored as stored."""
     pixels: torch.Tensor            # (3, H, W) fp32, normalised, on the CPU
     ids: list                       # P token ids, I image tokens among them
+    features: torch.Tensor = None   # (I, D) on the CPU, kept where nothing that makes them learns
 
 
 class Policy(nn.Module):
@@ -55,6 +56,7 @@ class Policy(nn.Module):
         self.temperature, self.rank, self.alpha = temperature, rank, alpha or 2 * rank
         generator = torch.Generator().manual_seed(seed)
         self.lora = add_lora(model, rank, self.alpha, parts, generator) if parts else {}
+        self.sees_alike = bool(parts) and not {"vision", "projector"} & set(parts)     # image features never change
         hidden = model.config.text_config.hidden_size
         self.value_head = ValueHead(hidden, generator).to(model.device)
         self.checkpointing = gradient_checkpointing
@@ -151,7 +153,15 @@ class Policy(nn.Module):
 
     # -- through: the model's body
     def image_features(self, prompts):
-        """(B, I, D): the vision tower and the projector on the base views."""
+        """(B, I, D): the vision tower and the projector on the base views; once a prompt where neither learns."""
+        if self.sees_alike:
+            new = [p for p in prompts if p.features is None]
+            for prompt, features in zip(new, self._see(new).cpu() if new else ()):
+                prompt.features = features
+            return torch.stack([p.features for p in prompts]).to(self.device)
+        return self._see(prompts)
+
+    def _see(self, prompts):
         config = self.model.config
         pixels = torch.stack([p.pixels for p in prompts]).to(self.device, self.model.dtype)
         states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
@@ -299,6 +309,9 @@ class ValueHead(nn.Module):
         self.std.copy_(hidden.std(0).clamp(min=1e-6))
         self.fitted.fill_(True)
 
+    def standardised(self, hidden):
+        return (hidden.detach().float() - self.mean) / self.std
+
     def forward(self, hidden):
         """(B, D) in any type → (B,) fp32."""
-        return self.mlp((hidden.detach().float() - self.mean) / self.std).squeeze(-1)
+        return self.mlp(self.standardised(hidden)).squeeze(-1).float()

@@ -156,6 +156,8 @@ def _problem(s):
     for name in ("lr", "value_lr", "rank", "temperature", "micro_batch", "play_batch", "reward_scale"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             return f"--{name.replace('_', '-')} must be above 0"
+    if s.model == "cnn" and s.cot:
+        return "--model cnn writes no thoughts: add --no-cot"
     if s.rollout % s.envs:
         return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
     if s.steps < s.rollout:

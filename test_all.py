@@ -528,6 +528,25 @@ def test_only_adapters_and_value_head_learn(shipped):
         assert adapted == set(parts)
 
 
+def test_a_frozen_vision_tower_looks_once_at_a_picture(shipped):
+    looks = []
+    agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, parts=("language",))
+    agent.model.model.vision_tower.register_forward_hook(lambda *_: looks.append(1))
+    prompts, responses = samples_of(agent, 1, ("blackjack",), tokens=5)
+    first = agent.logprobs(prompts, responses)[0]
+    once = len(looks)
+    again = agent.logprobs(prompts[::-1], responses[::-1])[0].flip(0)
+    assert once == len(looks) == 1 and (first.exp() < 1).any()
+    learns = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2)      # where it learns, nothing is kept
+    torch.testing.assert_close(learns.logprobs(prompts, responses)[0], first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, first, atol=1e-5, rtol=1e-5)
+    agent.logprobs(prompts, responses)[0].sum().backward()
+    assert all(layer.lora_A.grad is not None for layer in agent.lora.values())
+    prompts, responses = samples_of(learns, 1, ("blackjack",), tokens=5)
+    learns.logprobs(prompts, responses)
+    assert all(prompt.features is None for prompt in prompts)
+
+
 def test_the_value_head_only_reads(agent):
     _, _, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
     value.sum().backward()
@@ -1036,6 +1055,23 @@ def test_learning_rate_falls_and_stays_down():
     assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == (pytest.approx(1e-9),) * 5
 
 
+def test_the_baseline_without_a_language_model(tmp_path, capsys):
+    """Features and an MLP under the same loop: uniform at the start, a legal action each time, saved and opened again."""
+    run, command = tmp_path / "run", ["--task", "numberline", "--model", "cnn", "--eval-episodes", "0"]
+    with pytest.raises(SystemExit):
+        train.main(command)
+    assert "--no-cot" in capsys.readouterr().err
+    train.main([*command, "--no-cot", "--rollout", "256", "--steps", "1280", "--lr", "2e-3", "--out", str(run)])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["action_logp"] == pytest.approx(-math.log(2), abs=1e-6) and metrics[-1]["success"] > 0.5
+    assert all(row["parse_rate"] == 1 and row["thought_logp"] == 0 for row in metrics)
+    agent, _ = evaluation.open_run(run)
+    assert agent.value_head.fitted and agent.narrow.weight.abs().sum() > 0
+    prompts = agent.encode([picture for _, picture, _ in states_of("numberline", 8)], [""] * 8)
+    alone = torch.cat([agent.logprobs([prompt], [[0]])[0] for prompt in prompts])
+    torch.testing.assert_close(agent.logprobs(prompts, [[0]] * 8)[0], alone)
+
+
 def test_seeds_differ_everywhere(shipped):
     a, b, c = (make_run(shipped, "blackjack", seed=seed) for seed in (1, 1, 2))
     rollouts = [train.collect(run)[0].responses for run in (a, b, c)]
@@ -1331,8 +1367,9 @@ def test_the_readmes_worked_step_is_true(shipped):
 
 def test_the_readmes_tables_are_made_of_the_result_files():
     readme = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
-    for table in (plot.table(), plot.conduct(), plot.decisions(), plot.plans()):
-        assert len(table.splitlines()) > 3 and set(table.splitlines()) <= set(readme)
+    for make in plot.TABLES:
+        table = make().splitlines()
+        assert len(table) > 3 and set(table) <= set(readme), make.__name__
     speed = json.loads((HERE / "results" / "bench" / "pocket.json").read_text())
     row = " | ".join(f"{speed['baseline'][key]:.1f} s" for key in ("rollout_s", "update_s", "whole_update_s"))
     assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in readme)

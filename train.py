@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import parallel
+from cnn import FeaturePolicy
 from env import GAMES
 from eval import act, checkpoints, evaluate, model_player
 from expert import reads_right
@@ -31,7 +32,7 @@ from lora import adapter_settings
 from parse import make_prompt
 from policy import Policy
 from ppo import Rollout, gae, ppo_update, score_rollout
-from settings import REWARD_SCALE, defaults_for, learning_rates, read_settings
+from settings import BY_SIZE, REWARD_SCALE, defaults_for, learning_rates, read_settings
 
 
 class Run:
@@ -180,11 +181,21 @@ def _mean(numbers):
     return float(np.mean(numbers)) if len(numbers) else None
 
 
+def _fill(settings, defaults):
+    """What was not chosen becomes the defaults of the model's size and the task."""
+    for name, value in (defaults | {"reward_scale": REWARD_SCALE[settings.task]}).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+
+
 def make_policy(settings, loaded=None):
     """Return (policy, its base's name); the settings that hang on the model's size are filled in.
 
     loaded: a loading.Loaded to use instead of what settings.model names.
     """
+    if settings.model == "cnn":
+        _fill(settings, BY_SIZE["small"])
+        return FeaturePolicy(GAMES[settings.task]().legal_actions(), settings.seed), "cnn"
     loaded = loaded or open_model(settings.model, settings.bits)
     settings.model, settings.bits = loaded.name, loaded.bits
     if loaded.adapters:
@@ -195,9 +206,7 @@ def make_policy(settings, loaded=None):
             setattr(settings, name, value)
     elif not is_small(loaded.model.config):
         print("these are plain weights: without supervised fine-tuning first (sft.py) few answers may parse")
-    for name, value in (defaults_for(loaded.model.config) | {"reward_scale": REWARD_SCALE[settings.task]}).items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
+    _fill(settings, defaults_for(loaded.model.config))
     if not loaded.adapters:
         lora = {"rank": settings.rank, "parts": settings.lora_on}
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature, seed=settings.seed,
