@@ -119,12 +119,16 @@ def measure(repeats, task="blackjack", rollout=512):
     return fastest
 
 
-def main(arguments=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rollout", type=int, default=512, help="environment steps an update, a multiple of 64")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments=None):
+    options = make_parser().parse_args(arguments)
     found = machine(torch.device("cpu")) | {"seconds": measure(options.repeats, rollout=options.rollout)}
     if options.out:
         Path(options.out).write_text(json.dumps(found, ensure_ascii=False) + "\n")

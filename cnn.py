@@ -29,7 +29,8 @@ class FeaturePolicy(nn.Module):
         self._eyes, self.actions = [eyes], list(actions)                # subtle: in a list: no parameters of this one
         size = eyes.image_tokens * loaded.model.config.text_config.hidden_size
         generator = torch.Generator().manual_seed(seed)
-        self.wide, self.narrow = nn.utils.skip_init(nn.Linear, size, 512), nn.utils.skip_init(nn.Linear, 512, len(actions))
+        self.wide = nn.utils.skip_init(nn.Linear, size, 512)
+        self.narrow = nn.utils.skip_init(nn.Linear, 512, len(actions))
         with torch.no_grad():
             self.wide.weight.uniform_(-size ** -0.5, size ** -0.5, generator=generator)
             for zero in (self.wide.bias, self.narrow.weight, self.narrow.bias):

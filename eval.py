@@ -171,7 +171,7 @@ def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
 
 # ---- an episode as a moving picture ------------------------------------------------------------------------------
 class Film:
-    """Collects one episode's pictures with the thoughts and the action beside them; save() writes a GIF."""
+    """Collects one episode's pictures with the thoughts and the action beside them; save() writes a GIF or a PNG."""
 
     def __init__(self):
         self.frames = []
@@ -187,7 +187,15 @@ class Film:
         self.frames.append(frame)
 
     def save(self, path):
-        self.frames[0].save(path, save_all=True, append_images=self.frames[1:], duration=2500, loop=0)
+        """A .gif shows one frame after another, a .png one below another."""
+        if path.endswith(".gif"):
+            self.frames[0].save(path, save_all=True, append_images=self.frames[1:], duration=2500, loop=0)
+            return
+        width, height = self.frames[0].size
+        strip = Image.new("RGB", (width, height * len(self.frames)))
+        for row, frame in enumerate(self.frames):
+            strip.paste(frame, (0, row * height))
+        strip.save(path)
 
 
 def checkpoints(run):
@@ -239,7 +247,7 @@ def make_parser():
     parser.add_argument("--temperature", type=float, help="of --model [0.5 pocket, 0.2 else; a run brings its own]")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer [the run's own, or 256]")
-    parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode")
+    parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode, as a GIF or a PNG")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
     return parser
 
@@ -255,8 +263,8 @@ def main(arguments=None):
             raise ValueError("--seed must not be negative")
         if not options.model and (options.temperature is not None or options.no_cot or options.bits != "auto"):
             raise ValueError("--temperature, --no-cot and --bits are for --model: a run has its own, a policy none")
-        if options.render and not options.render.endswith(".gif"):
-            raise ValueError(f"--render writes a GIF: call it {Path(options.render).stem}.gif")
+        if options.render and not options.render.endswith((".gif", ".png")):
+            raise ValueError(f"--render writes a GIF or a PNG: call it {Path(options.render).stem}.gif")
         for file in filter(None, (options.out, options.render)):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
         if options.policy:

@@ -63,7 +63,8 @@ def shown(values):
     if not values:
         return "–"
     mean, half = mean_interval(values)
-    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}") + ("" if len(values) == 3 else f" ({len(values)})")
+    spread = "" if half is None else f" ± {half:.1f}"
+    return f"{mean:.1f}{spread}" + ("" if len(values) == 3 else f" ({len(values)})")
 
 
 def curves(folders):
@@ -161,14 +162,16 @@ def lambdas():
 
 def ratios():
     """The λ-weighted ratio of a whole answer beside a ratio for every token."""
-    rows = [[task, shown(finals(runs(task))), shown(finals(runs(task, "token")))] for task in ("numberline", "ezpoints")]
+    rows = [[task, shown(finals(runs(task))), shown(finals(runs(task, "token")))]
+            for task in ("numberline", "ezpoints")]
     return markdown(["", "one ratio an answer, λ = 0.5", "one ratio a token"], rows)
 
 
 def decisions():
     """How often each Blackjack policy hits, by total: what the average does not show."""
     keys = ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17")
-    found = {"the exact best play for wins": "baselines/blackjack-expert.json", "SFT start": "baselines/blackjack-start.json"}
+    found = {"the exact best play for wins": "baselines/blackjack-expert.json",
+             "SFT start": "baselines/blackjack-start.json"}
     for name, variant in (("RL, seed", ""), ("RL without CoT, seed", "no-cot")):
         found |= {f"{name} {folder.name[-1]}": f"{folder.name}/eval.json" for folder in runs("blackjack", variant)}
     rows = []

@@ -11,8 +11,8 @@ D hidden size.
 
 Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
 goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
-rollout and update see the same network. Does not handle: loading the model (loading.py), the adapters themselves (lora.py),
-what the text means (parse.py), learning (ppo.py, sft.py).
+rollout and update see the same network. Does not handle: loading the model (loading.py), the adapters themselves
+(lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
 """
 
 import math

@@ -80,8 +80,8 @@ def answer_logprob(logp, mask, action_starts, cot_lambda):
 def ratio_units(logp, mask, action_starts, settings):
     """What has a ratio of its own in PPO: return (log-probabilities, their shares of an answer), both (B, U).
 
-    "answer", the paper's: U = 1, the λ-weighted sum. "token", for comparison (as VL-DAC, arXiv 2508.04280): U = T, every
-    token alone with the answer's advantage and an equal share; λ plays no part. Arguments as in answer_logprob.
+    "answer", the paper's: U = 1, the λ-weighted sum. "token", for comparison (as VL-DAC, arXiv 2508.04280): U = T,
+    every token alone with the answer's advantage and an equal share; λ plays no part. Arguments as in answer_logprob.
     """
     if settings.ratio == "token":
         return logp * mask, mask / mask.sum(1, keepdim=True)

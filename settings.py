@@ -48,8 +48,7 @@ class Settings(PPOSettings):
         return self.steps // self.rollout
 
 
-# The formula games pay 10, the others 1. The policy loss does not care (advantages are normalised), the value's
-# share of the gradient does.
+# The formula games pay 10, the others 1: scaled, all returns are about 1, which value_lr and advantage_floor are for.
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
 
 # The paper's settings are for 7 billion parameters; a million learn at other ones (README, "Differs from the paper").

@@ -244,8 +244,8 @@ def train(run, folder, checkpoint=None):
             metrics |= ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)
             run.update += 1
             if first:
-                record(folder, {"update": run.update, "env_steps": run.update * settings.rollout, "lr": rates[0]}, metrics,
-                       transcript, (collected - begun, time.perf_counter() - collected), bar)
+                head = {"update": run.update, "env_steps": run.update * settings.rollout, "lr": rates[0]}
+                record(folder, head, metrics, transcript, (collected - begun, time.perf_counter() - collected), bar)
             if run.update % settings.save_every == 0 or run.update == settings.updates():
                 run.save(folder)
     if not (first and settings.eval_episodes):
