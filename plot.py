@@ -1,6 +1,6 @@
 """Redraws the README's figures and tables of results: what was measured here from results/, the rest from PAPER.
 
-    python plot.py                      # writes results/curves.png and results/lambda.png, prints the tables
+    python plot.py                      # writes results/curves.png, results/lambda.png; prints the tables
 
 A curve is the success of the episodes that ended in each rollout, the mean over seeds; its band goes from the lowest
 to the highest seed. "a ± b" is the mean over seeds and half of its 95 % interval (Student's t). The tables' rows are
@@ -24,6 +24,17 @@ PAPER = {"numberline": {"SFT": 24.8, "RL": 89.4, "no CoT": 26.9, "CNN": 87.1, "c
          "points24": {"SFT": 2.6, "RL": 2.3, "no CoT": 0.0, "CNN": 0.0, "ceiling": 73.1},
          "blackjack": {"SFT": 23.1, "RL": 40.2, "no CoT": 40.4, "CNN": 38.8, "ceiling": 43.2}}
 LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
+TRIED = {
+    "raw-value-numberline-seed1": "raw inputs, learned through the model, as in the paper",
+    "raw-value-numberline-seed2": "the same",
+    "raw-value-lr1e-4-numberline-seed2": "the same, half the learning rate",
+    "raw-value-lr1e-4-numberline-seed3": "the same",
+    "raw-value-norm0.1-numberline-seed2": "raw inputs, gradients scaled down to a norm of 0.1",
+    "value-gradient-numberline-seed2": "standardised inputs, learned through the model",
+    "value-lr2e-4-numberline-seed2": "standardised inputs, no gradient into the model",
+    "value-lr1e-3-numberline-seed2": "the same, `value_lr` 1e-3, no value clip",
+    "value-lr1e-3-floor1-numberline-seed2": "the same, `advantage_floor` 1: as it is now",
+    "value-lr1e-3-floor1-numberline-seed3": "the same"}
 # Student's t, 97.5 %, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -154,14 +165,18 @@ def seeds():
 
 
 def lambdas():
-    """Held-out success in % by λ."""
+    """Held-out success in % by λ; "" as long as there is no run for it."""
+    if not any(runs(task, f"lambda-{weight}") for task in ("numberline", "blackjack") for weight in LAMBDAS):
+        return ""
     rows = [[task, *(shown(finals(lambda_runs(task, weight))) for weight in LAMBDAS)]
             for task in ("numberline", "blackjack")]
     return markdown(["λ", *LAMBDAS], rows)
 
 
 def ratios():
-    """The λ-weighted ratio of a whole answer beside a ratio for every token."""
+    """The λ-weighted ratio of a whole answer beside a ratio for every token; "" as long as there is no run for it."""
+    if not any(runs(task, "token") for task in ("numberline", "ezpoints")):
+        return ""
     rows = [[task, shown(finals(runs(task))), shown(finals(runs(task, "token")))]
             for task in ("numberline", "ezpoints")]
     return markdown(["", "one ratio an answer, λ = 0.5", "one ratio a token"], rows)
@@ -195,9 +210,35 @@ def plans():
                      "success"], rows)
 
 
-TABLES = (table, seeds, lambdas, ratios, decisions, plans)
+def value_heads():
+    """NumberLine with other value heads: how well V explains the returns at its best, how the last ten updates parse."""
+    rows = []
+    for folder, text in TRIED.items():
+        run = [json.loads(line) for line in (RESULTS / "tried" / folder / "metrics.jsonl").read_text().splitlines()]
+        best = max(row["explained_variance"] for row in run)
+        parsed = min(row["parse_rate"] for row in run[-10:])
+        rows.append([text, folder[-1], str(len(run)), f"{best:.2f}", f"{100 * parsed:.1f} %"])
+    return markdown(["V on NumberLine", "seed", "updates", "variance explained at best",
+                     "answers parsed, worst of the last ten updates"], rows)
+
+
+def speed_choices():
+    """What one update takes with each choice for speed undone, or tried, alone: seconds, and times what is done."""
+    found = read(RESULTS / "bench" / "choices.json")["seconds"]
+    done = sum(found["as shipped"])
+    rows = [[name, f"{playing:.2f}", f"{learning:.2f}", f"{(playing + learning) / done:.2f}"]
+            for name, (playing, learning) in found.items()]
+    return markdown(["one choice undone or tried", "playing, s", "learning, s", "both, times as shipped"], rows)
+
+
+def tables():
+    """All of them, without those that no run stands behind yet."""
+    return [text for make in (table, seeds, lambdas, ratios, decisions, plans, value_heads, speed_choices)
+            if (text := make())]
+
 
 if __name__ == "__main__":
     draw_curves(RESULTS / "curves.png")
-    draw_lambda(RESULTS / "lambda.png")
-    print(*(make() for make in TABLES), sep="\n\n")
+    if lambdas():
+        draw_lambda(RESULTS / "lambda.png")
+    print(*tables(), sep="\n\n")

@@ -556,6 +556,22 @@ def test_the_value_head_only_reads(agent):
     agent.zero_grad()
 
 
+def test_last_hidden_states_are_nearly_alike_and_yet_tell_the_state(shipped):
+    """What V reads on NumberLine: a spread of less than a tenth, from which a least-squares fit reads both numbers."""
+    agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=1)
+    states = states_of("numberline", 200)
+    prompts = agent.encode([picture for _, picture, _ in states],
+                           [parse.make_prompt(game, info) for game, _, info in states])
+    hidden = agent.states(prompts)
+    assert 0.05 < hidden.std(0).mean() / hidden.abs().mean() < 0.08                # README: a fifteenth
+    agent.value_head.fit(hidden[:150])
+    inputs = torch.cat([agent.value_head.standardised(hidden), torch.ones(200, 1)], 1)
+    for name in ("target", "current"):
+        numbers = torch.tensor([[float(info[name])] for *_, info in states])
+        found = inputs @ torch.linalg.lstsq(inputs[:150], numbers[:150]).solution
+        assert ppo.explained_variance(found[150:], numbers[150:]) > 0.95
+
+
 def test_values_of_states_that_are_nearly_the_same_vector():
     """States vary by 5 % around a large common part: on standardised inputs V tells them apart, on raw ones not."""
     generator = torch.Generator().manual_seed(0)
@@ -1370,9 +1386,9 @@ def test_the_readmes_worked_step_is_true(shipped):
 
 def test_the_readmes_tables_are_made_of_the_result_files():
     readme = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
-    for make in plot.TABLES:
-        table = make().splitlines()
-        assert len(table) > 3 and set(table) <= set(readme), make.__name__
+    assert len(plot.tables()) >= 5
+    for table in map(str.splitlines, plot.tables()):
+        assert len(table) > 3 and set(table) <= set(readme), table[0]
     speed = json.loads((HERE / "results" / "bench" / "pocket.json").read_text())
     row = " | ".join(f"{speed['baseline'][key]:.1f} s" for key in ("rollout_s", "update_s", "whole_update_s"))
     assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in readme)
