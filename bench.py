@@ -281,7 +281,7 @@ def main(arguments=None):
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gb / total))
     # lr 0 and no early end: every update does the same work on the same policy
     settings = Settings(task=options.task, model=options.model, rollout=options.rollout, envs=options.envs, lr=0.0,
-                        target_kl=0.0)
+                        value_lr=0.0, target_kl=0.0)
     figures = {"model": options.model, "task": options.task, "rollout": options.rollout, "envs": options.envs,
                "measured": True, **machine(device)}
     try:

@@ -1,10 +1,11 @@
 """What each choice for speed is worth: one whole update of the pocket model with each of them undone, or tried, alone.
 
-    python choices.py --repeats 3 --out results/bench/choices.json
+    python choices.py --repeats 8 --rollout 128 --out results/bench/choices.json       # the README's table
 
 Every round measures all of them, one after another, so that a busy neighbour slows all alike; the fastest round
 counts. The policy is the same for all: learning rate 0, no early end. Prints a table; the last line is one JSON object
-{name: [seconds playing, seconds learning]}. Does not handle: what needs a GPU (CUDA graphs, 8-bit Adam).
+with {name: [seconds playing, seconds learning]} in `seconds`. Does not handle: what needs a GPU (CUDA graphs, 8-bit
+Adam).
 """
 
 import argparse
@@ -104,11 +105,11 @@ def choices():
     return found
 
 
-def measure(repeats, task="blackjack", rollout=512):
+def measure(repeats, rollout, task="blackjack"):
     """{name: [seconds playing, seconds learning]} of one update, each the fastest of `repeats`."""
     runs = {}
     for name, (changed, context) in choices().items():
-        settings = Settings(task=task, model="pocket", rollout=rollout, lr=1e-30, value_lr=1e-30, target_kl=0.0,
+        settings = Settings(task=task, model="pocket", rollout=rollout, lr=0.0, value_lr=0.0, target_kl=0.0,
                             **changed)
         runs[name] = context, Run(settings, *make_policy(settings))
     fastest = {name: [float("inf")] * 2 for name in runs}
@@ -129,7 +130,8 @@ def make_parser():
 
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
-    found = machine(torch.device("cpu")) | {"seconds": measure(options.repeats, rollout=options.rollout)}
+    found = machine(torch.device("cpu")) | {"repeats": options.repeats, "rollout": options.rollout,
+                                              "seconds": measure(options.repeats, options.rollout)}
     if options.out:
         Path(options.out).write_text(json.dumps(found, ensure_ascii=False) + "\n")
     print(json.dumps(found, ensure_ascii=False))

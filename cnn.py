@@ -31,6 +31,7 @@ class FeaturePolicy(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.wide = nn.utils.skip_init(nn.Linear, size, 512)
         self.narrow = nn.utils.skip_init(nn.Linear, 512, len(actions))
+        # subtle: logits of 0, whatever goes in: the first rollout fits the inputs after it was sampled, before it is scored
         with torch.no_grad():
             self.wide.weight.uniform_(-size ** -0.5, size ** -0.5, generator=generator)
             for zero in (self.wide.bias, self.narrow.weight, self.narrow.bias):

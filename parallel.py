@@ -4,7 +4,8 @@
 
 Every process holds the whole policy, starts from the same weights and adds the same gradients, so the copies stay
 equal. Without torchrun there is one process and every function here does nothing; with it, every process must come
-to each call. Samples of a rollout are numbered over all processes, the first process's first. Does not handle: several machines' file systems, sharded weights.
+to each call. Samples of a rollout are numbered over all processes, the first process's first. Does not handle: several
+machines' file systems, sharded weights.
 """
 
 import os

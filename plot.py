@@ -8,6 +8,7 @@ the runs that are there: `TASK[-VARIANT]-seedN`.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -66,7 +67,7 @@ def mean_interval(values):
     [2.0, 2.48]
     """
     n = len(values)
-    return np.mean(values), T[n - 1] * np.std(values, ddof=1) / n ** 0.5 if n > 1 else None
+    return statistics.fmean(values), T[n - 1] * statistics.stdev(values) / n ** 0.5 if n > 1 else None
 
 
 def shown(values):

@@ -7,7 +7,7 @@
     logp, mask, value = policy.logprobs(prompts, responses) # (B, T), (B, T), (B,)
 
 Alphabet of shapes: B samples, I image tokens, P prompt tokens (image tokens among them), T response tokens,
-D hidden size.
+D hidden size, W words (tokens) of the vocabulary. V is the value function.
 
 Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
 goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
@@ -37,7 +37,7 @@ class Prompt:
     """One state as the model gets it: stored when it is sampled from, scored as stored."""
     pixels: torch.Tensor            # (3, H, W) fp32, normalised, on the CPU
     ids: list                       # P token ids, I image tokens among them
-    features: torch.Tensor = None   # (I, D) on the CPU, kept where nothing that makes them learns
+    features: torch.Tensor = None   # (I, D) on the CPU, kept where vision tower and projector are frozen
 
 
 class Policy(nn.Module):
@@ -74,7 +74,7 @@ class Policy(nn.Module):
         for token in (self.image_token, self.tokenizer.pad_token_id, self.tokenizer.bos_token_id):
             if token is not None and token != self.tokenizer.eos_token_id:
                 forbidden[token] = True
-        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)    # (V,)
+        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)    # (W,)
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
 
@@ -176,7 +176,7 @@ class Policy(nn.Module):
                                 mm_encoder_outputs=images, use_cache=use_cache)
 
     def _log_softmax(self, hidden):
-        """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
+        """(…, D) → (…, W) fp32: the one distribution that is sampled from and scored."""
         # subtle: in fp32 from the head on: a bf16 logit of 20 is off by up to 0.06, at temperature 0.2 by 0.3 nats
         logits = F.linear(hidden.float(), self.model.get_output_embeddings().weight.float()) / self.temperature
         return logits.masked_fill(self.forbidden, -torch.inf).log_softmax(-1)
@@ -222,7 +222,7 @@ class Policy(nn.Module):
         responses = [[] for _ in prompts]
         going = set(range(len(prompts)))
         for _ in range(max_new_tokens):
-            logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, V)
+            logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, W)
             if greedy:
                 drawn = logp.argmax(-1, keepdim=True)
             else:

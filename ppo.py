@@ -27,7 +27,7 @@ class PPOSettings:
     micro_batch: int = None         # answers per forward pass: memory only, the gradients are the minibatch's
     target_kl: float = None         # beyond this approximate KL of a minibatch only V learns on; 0: no such limit
     advantage_floor: float = None   # advantages are divided by their standard deviation, but by no less than this
-    max_grad_norm: float = 1.0      # gradients, V's apart, are scaled down to this norm; ours
+    max_grad_norm: float = 1.0      # the policy's gradients, and V's, are each scaled down to this norm; ours
 
 
 @dataclass
@@ -136,9 +136,10 @@ def score_rollout(policy, rollout, settings):
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator):
-    """Improve the policy on one rollout; return a dict of diagnostics, means over the update's minibatches.
+    """Improve the policy on one rollout; return a dict of diagnostics, means over the minibatches it learned from.
 
     policy: anything with `logprobs(prompts, responses) → (logp, mask, value)` and `trainable() → [(name, tensor)]`.
+    optimizer: its first group of parameters is the policy's, a second V's: beyond target_kl only the second goes on.
     generator: torch.Generator on the CPU, for the order of samples. Raises FloatingPointError on a non-finite loss.
     Under torchrun every process draws the same order of all processes' samples and takes its own in each minibatch.
     """

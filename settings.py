@@ -99,7 +99,7 @@ def make_parser(description=None):
     add("--gamma", type=float, help="discount [0.9]")
     add("--gae-lambda", type=float, help="[0.95]")
     add("--clip", type=float, help="PPO's epsilon [0.1]")
-    add("--target-kl", type=float, help="a KL beyond this ends an update; 0: none does [0.1 pocket, 0 else]")
+    add("--target-kl", type=float, help="beyond this KL the policy stops until the next rollout, V learns on; 0: never [0.1 pocket, 0 else]")
     add("--advantage-floor", type=float,
         help="advantages are divided by their standard deviation, but by no less than this [1 pocket, 0 else]")
     add("--epochs", type=int, help="passes over a rollout [4]")
@@ -155,8 +155,11 @@ def _problem(s):
     for name in ("lr", "value_lr", "rank", "temperature", "micro_batch", "play_batch", "reward_scale"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             return f"--{name.replace('_', '-')} must be above 0"
-    if s.model == "cnn" and s.cot:
-        return "--model cnn writes no thoughts: add --no-cot"
+    if s.model == "cnn":
+        if s.cot:
+            return "--model cnn writes no thoughts: add --no-cot"
+        if s.rank or s.lora_on or s.temperature or s.bits != "auto":
+            return "--model cnn has no adapters, temperature or bits: leave --rank, --lora-on, --temperature, --bits out"
     if s.rollout % s.envs:
         return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
     if s.steps < s.rollout:

@@ -63,7 +63,7 @@ from policy import Policy, ValueHead
 
 HERE = Path(__file__).parent
 MODULES = ["draw", "formula", "env", "parse", "expert", "lora", "loading", "policy", "parallel", "ppo", "sft", "pocket",
-           "eval", "settings", "train", "shape7b", "bench"]
+           "eval", "plot", "cnn", "choices", "settings", "train", "shape7b", "bench"]
 
 
 # ---- what all of it rests on -------------------------------------------------------------------------------------

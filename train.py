@@ -105,7 +105,8 @@ class Run:
 def collect(run, progress=lambda steps: None):
     """Play rollout/envs steps of every game; return (Rollout with advantages, metrics, one transcript).
 
-    Under torchrun: of this process's games; the metrics are of all.
+    A run's first rollout also fits the value head's inputs (policy.ValueHead). Under torchrun: of this process's games;
+    the metrics are of all.
     """
     settings, policy, games = run.settings, run.policy, run.games
     L, N = settings.rollout // settings.envs, len(run.games)

@@ -16,7 +16,7 @@ train() {   # train NAME GAMES ARGUMENTS…: one RL run, held-out games with its
     # from the command's start to its end; not of a run that was interrupted
     [ -n "$resume" ] || echo "{\"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/$name/wall.json"
     cp "$run/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl} "results/$name/"
-    echo "python train.py $* --eval-episodes 0 --out $run" > "results/$name/command.txt"
+    echo "OMP_NUM_THREADS=1 python train.py $* --eval-episodes 0 --out $run" > "results/$name/command.txt"
     python eval.py --task "$2" --run "$run" --episodes "$games" --out "results/$name/eval.part" > "$run/eval.log" 2>&1
     mv "results/$name/eval.part" "results/$name/eval.json"
     echo "$name done"
@@ -78,4 +78,4 @@ runs() {
 
 export -f train evaluate
 mkdir -p results/baselines
-runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -c '{}'
+runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
