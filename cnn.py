@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loading import open_model
+from loading import POCKET, load_model
 from policy import Policy, Prompt, ValueHead
 
 
@@ -24,14 +24,14 @@ class FeaturePolicy(nn.Module):
 
     def __init__(self, actions, seed=0):
         super().__init__()
-        loaded = open_model("pocket")
-        eyes = Policy(loaded.model, loaded.processor, rank=1, parts=("language",))     # so that it looks once a picture
+        model, processor = load_model(str(POCKET))
+        eyes = Policy(model, processor, rank=1, parts=("language",))    # so that it looks once at a picture
         self._eyes, self.actions = [eyes], list(actions)                # subtle: in a list: no parameters of this one
-        size = eyes.image_tokens * loaded.model.config.text_config.hidden_size
+        size = eyes.image_tokens * model.config.text_config.hidden_size
         generator = torch.Generator().manual_seed(seed)
         self.wide = nn.utils.skip_init(nn.Linear, size, 512)
         self.narrow = nn.utils.skip_init(nn.Linear, 512, len(actions))
-        # subtle: logits of 0, whatever goes in: the first rollout fits the inputs after it was sampled, before it is scored
+        # subtle: logits of 0, whatever goes in: the inputs are fitted when the first rollout has been sampled
         with torch.no_grad():
             self.wide.weight.uniform_(-size ** -0.5, size ** -0.5, generator=generator)
             for zero in (self.wide.bias, self.narrow.weight, self.narrow.bias):

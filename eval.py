@@ -215,7 +215,7 @@ def open_run(run):
         return policy, settings
     loaded = open_model(settings["model"], settings["bits"])
     policy = Policy(loaded.model, loaded.processor, **adapter_settings(last), temperature=settings["temperature"])
-    policy.load(last)
+    policy.load(last, value=False)                          # nothing here asks for V
     return policy, settings
 
 
@@ -227,7 +227,7 @@ def open_start(model, bits="auto", temperature=None):
         temperature = defaults_for(loaded.model.config)["temperature"]
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
     if loaded.adapters:
-        policy.load(loaded.adapters)
+        policy.load(loaded.adapters, value=False)
     return policy, loaded.name
 
 

@@ -86,6 +86,8 @@ def open_model(model="auto", bits="auto"):
     model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
     bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
     """
+    if str(model) == "cnn":
+        raise ModelError("cnn has no language model: train.py makes it, eval.py --run plays with what it made")
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     name, adapters = str(model), None
     if model == "auto":

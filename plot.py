@@ -25,17 +25,18 @@ PAPER = {"numberline": {"SFT": 24.8, "RL": 89.4, "no CoT": 26.9, "CNN": 87.1, "c
          "points24": {"SFT": 2.6, "RL": 2.3, "no CoT": 0.0, "CNN": 0.0, "ceiling": 73.1},
          "blackjack": {"SFT": 23.1, "RL": 40.2, "no CoT": 40.4, "CNN": 38.8, "ceiling": 43.2}}
 LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
-TRIED = {
-    "raw-value-numberline-seed1": "raw inputs, learned through the model, as in the paper",
-    "raw-value-numberline-seed2": "the same",
-    "raw-value-lr1e-4-numberline-seed2": "the same, half the learning rate",
-    "raw-value-lr1e-4-numberline-seed3": "the same",
-    "raw-value-norm0.1-numberline-seed2": "raw inputs, gradients scaled down to a norm of 0.1",
-    "value-gradient-numberline-seed2": "standardised inputs, learned through the model",
-    "value-lr2e-4-numberline-seed2": "standardised inputs, no gradient into the model",
-    "value-lr1e-3-numberline-seed2": "the same, `value_lr` 1e-3, no value clip",
-    "value-lr1e-3-floor1-numberline-seed2": "the same, `advantage_floor` 1: as it is now",
-    "value-lr1e-3-floor1-numberline-seed3": "the same"}
+TRIED = {           # folder of results/: what its value head is
+    "tried/raw-value-numberline-seed1": "raw inputs, learned through the model, as in the paper",
+    "tried/raw-value-numberline-seed2": "the same",
+    "tried/raw-value-lr1e-4-numberline-seed2": "the same, half the learning rate",
+    "tried/raw-value-lr1e-4-numberline-seed3": "the same",
+    "tried/raw-value-norm0.1-numberline-seed2": "raw inputs, gradients scaled down to a norm of 0.1",
+    "tried/value-gradient-numberline-seed2": "standardised inputs, learned through the model",
+    "tried/value-lr2e-4-numberline-seed2": "standardised inputs, no gradient into the model",
+    "tried/value-lr1e-3-numberline-seed2": "the same, `value_lr` 1e-3, no value clip",
+    "numberline-seed1": "the same, `advantage_floor` 1: as it is now",
+    "numberline-seed2": "the same",
+    "numberline-seed3": "the same"}
 # Student's t, 97.5 %, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -82,8 +83,8 @@ def shown(values):
 def curves(folders):
     """(env steps (U,), success (seeds, U)): NaN where no episode ended in a rollout."""
     rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
-    success = [[np.nan if row["success"] is None else 100 * row["success"] for row in run] for run in rows]
-    return np.array([row["env_steps"] for row in rows[0]]), np.array(success)
+    success = [[np.nan if row["success"] is None else 100 * row["success"] for row in run] for run in zip(*rows)]
+    return np.array([row["env_steps"] for row, *_ in zip(*rows)]), np.array(success).T
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -97,8 +98,8 @@ def draw_curves(path):
             if not folders:
                 continue
             steps, success = curves(folders)
-            axes.plot(steps, success.mean(0), color=color, label=label)
-            axes.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.2, linewidth=0)
+            axes.plot(steps, np.nanmean(success, 0), color=color, label=label)
+            axes.fill_between(steps, np.nanmin(success, 0), np.nanmax(success, 0), color=color, alpha=0.2, linewidth=0)
             axes.plot([0], [baseline(task, start)], "o", color=color, markersize=4)
             axes.plot([steps[-1]] * len(folders), finals(folders), "o", color=color, markersize=4)
         for name, color in (("SFT", "tab:gray"), ("RL", "tab:orange"), ("ceiling", "black")):
@@ -126,7 +127,7 @@ def draw_lambda(path):
             axes.plot([weight] * len(values), values, "o", color="tab:blue", markersize=4)
         axes.plot(list(points), [np.mean(values) for values in points.values()], color="tab:blue", label="RL")
         axes.axhline(baseline(task, "start"), linestyle="--", color="tab:gray", linewidth=0.9, label="SFT start")
-        axes.set(title=task, xlabel="λ", ylabel="success, %", ylim=(0, 104) if task == "numberline" else (30, 45))
+        axes.set(title=task, xlabel="λ", ylabel="success, %", ylim=(0, 104 if task == "numberline" else 50))
         axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -212,15 +213,16 @@ def plans():
 
 
 def value_heads():
-    """NumberLine with other value heads: how well V explains the returns at its best, how the last ten updates parse."""
+    """NumberLine with other value heads: how well V explains returns at its best, how answers parse at worst."""
     rows = []
     for folder, text in TRIED.items():
-        run = [json.loads(line) for line in (RESULTS / "tried" / folder / "metrics.jsonl").read_text().splitlines()]
+        run = [json.loads(line) for line in (RESULTS / folder / "metrics.jsonl").read_text().splitlines()]
         best = max(row["explained_variance"] for row in run)
-        parsed = min(row["parse_rate"] for row in run[-10:])
-        rows.append([text, folder[-1], str(len(run)), f"{best:.2f}", f"{100 * parsed:.1f} %"])
+        worst = [f"{100 * min(row['parse_rate'] for row in part):.1f} %" if part else "–"
+                 for part in (run[4:14], run[19:])]
+        rows.append([text, folder[-1], str(len(run)), f"{best:.2f}", *worst])
     return markdown(["V on NumberLine", "seed", "updates", "variance explained at best",
-                     "answers parsed, worst of the last ten updates"], rows)
+                     "answers parsed, worst of updates 5 to 14", "of 20 and later"], rows)
 
 
 def speed_choices():

@@ -268,15 +268,21 @@ class Policy(nn.Module):
         head = {name: tensor.cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
         save_file(head, Path(folder) / "value_head.safetensors")
 
-    def load(self, folder):
-        """Read what save wrote, or PEFT on every linear layer of the same parts; the value head where there is one."""
+    def load(self, folder, value=True):
+        """Read what save wrote, or PEFT on every linear layer of the same parts.
+
+        value: the value head too, where there is one; not for a new start, where it would be fitted to other returns.
+        """
         try:
             load_adapters(self.lora, folder)
         except ValueError as error:
             raise ModelError(str(error)) from error
         head = Path(folder) / "value_head.safetensors"
-        if head.exists():
-            self.value_head.load_state_dict(load_file(head))
+        if value and head.exists():
+            try:
+                self.value_head.load_state_dict(load_file(head))
+            except RuntimeError as error:
+                raise ModelError(f"{head} is not a value head of this version and model: {error}") from error
 
 
 class ValueHead(nn.Module):

@@ -90,13 +90,17 @@ def ratio_units(logp, mask, action_starts, settings):
 
 
 def policy_loss(logp, old_logp, shares, advantages, clip):
-    """Return (loss, approximate KL, clip fraction), scalars, of logp, old_logp, shares (B, U) and advantages (B,)."""
+    """Return (loss, approximate KL, clip fraction), scalars, of logp, old_logp, shares (B, U) and advantages (B,).
+
+    The KL is of whole answers, λ-weighted where they are; the clip fraction is of what has a ratio.
+    """
     log_ratio = logp - old_logp
     ratio, A = log_ratio.exp(), advantages[:, None]
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
     loss = -(shares * torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)).sum(1).mean()
     with torch.no_grad():
-        kl = (shares * (ratio - 1 - log_ratio)).sum(1).mean()   # Schulman's k3, joschu.net/blog/kl-approx
+        whole = log_ratio.sum(1)
+        kl = (whole.exp() - 1 - whole).mean()       # Schulman's k3, joschu.net/blog/kl-approx
         clipped = (shares * ((ratio - 1).abs() > clip)).sum(1).mean()
     return loss, kl, clipped
 

@@ -6,7 +6,7 @@
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from env import GAMES
@@ -99,7 +99,8 @@ def make_parser(description=None):
     add("--gamma", type=float, help="discount [0.9]")
     add("--gae-lambda", type=float, help="[0.95]")
     add("--clip", type=float, help="PPO's epsilon [0.1]")
-    add("--target-kl", type=float, help="beyond this KL the policy stops until the next rollout, V learns on; 0: never [0.1 pocket, 0 else]")
+    add("--target-kl", type=float,
+        help="beyond this KL V alone learns on until the next rollout; 0: never [0.1 pocket, 0 else]")
     add("--advantage-floor", type=float,
         help="advantages are divided by their standard deviation, but by no less than this [1 pocket, 0 else]")
     add("--epochs", type=int, help="passes over a rollout [4]")
@@ -124,6 +125,9 @@ def read_settings(description, arguments=None):
         stored["lora_on"] = stored["lora_on"] and tuple(stored["lora_on"])
         # for memory's sake these may change: sums round otherwise, and another play_batch draws other tokens
         free = {"out", "micro_batch", "play_batch", "save_every"}
+        if unknown := set(stored) ^ {field.name for field in fields(Settings)}:
+            parser.error(f"{config} was written by another version of this program ({', '.join(sorted(unknown))} "
+                         "differ): finish the run with that version, or start a new one with --out")
         other = [key for key, value in given.items() if key not in free and value not in (stored[key], "auto")]
         if other:
             parser.error(f"--resume goes on with the run's own settings: {config} has "
@@ -159,7 +163,7 @@ def _problem(s):
         if s.cot:
             return "--model cnn writes no thoughts: add --no-cot"
         if s.rank or s.lora_on or s.temperature or s.bits != "auto":
-            return "--model cnn has no adapters, temperature or bits: leave --rank, --lora-on, --temperature, --bits out"
+            return "--model cnn has no adapters, temperature or bits: leave these flags out"
     if s.rollout % s.envs:
         return f"--rollout {s.rollout} must be a multiple of --envs {s.envs}"
     if s.steps < s.rollout:

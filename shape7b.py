@@ -3,7 +3,7 @@
     processor = byte_processor()
     model = random_nf4(llava_7b_config(processor), torch.device("cuda"))
     plan = memory_plan(llava_7b_config(processor), rank=128, micro_batch=4, play_batch=16, prompt_tokens=750,
-                       answer_tokens=100)                           # {use: bytes}, counted on no device
+                       answer_tokens=100)                          # {use: bytes}, counted on no device
 
 Speed and memory do not hang on the weights' values; bench.py measures this model. Prompts are of one token a byte,
 longer than the real tokenizer's. Does not handle: the real checkpoint (loading.load_model).
@@ -22,7 +22,7 @@ def byte_processor():
 
 
 def llava_7b_config(processor):
-    """llava-hf/llava-v1.6-mistral-7b-hf's configuration: Mistral-7B, CLIP-L/14 at 336 pixels, the processor's tokens."""
+    """llava-hf/llava-v1.6-mistral-7b-hf's configuration: Mistral-7B, CLIP-L/14 at 336 pixels, its tokens."""
     vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                               image_size=336, patch_size=14, projection_dim=768)
     text = MistralConfig(vocab_size=32064, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,

@@ -783,6 +783,8 @@ def test_peft_reads_our_adapters(agent, shipped, tmp_path):
     plain = Policy(copy.deepcopy(shipped[0]), shipped[1], parts=())
     assert (plain.logprobs(prompts, responses)[0] - ours).abs().max() > 0.01       # the adapters do something
     again = Policy(copy.deepcopy(shipped[0]), shipped[1], **lora.adapter_settings(tmp_path), seed=99)
+    again.load(tmp_path, value=False)
+    assert not torch.equal(again.value_head.mlp[0].weight, agent.value_head.mlp[0].weight)  # a start: its own V
     again.load(tmp_path)
     for mine, saved in zip(again.logprobs(prompts, responses), agent.logprobs(prompts, responses)):
         assert torch.equal(mine, saved)
@@ -898,7 +900,8 @@ def test_a_ratio_for_every_token_by_hand():
     assert shares.tolist() == [[0.5, 0.5], [1, 0]] and new[1, 1] == 0
     loss, kl, clipped = ppo.policy_loss(new, torch.zeros(2, 2), shares, torch.tensor([2.0, -1.0]), 0.1)
     assert loss.item() == pytest.approx(-((1.05 * 2 + 1.1 * 2) / 2 - 0.9) / 2)     # the larger of 0.5 and 0.9 counts
-    assert clipped.item() == 0.75 and kl.item() > 0
+    answers = [math.log(1.05) + math.log(1.3), math.log(0.5)]                      # the KL is of whole answers
+    assert clipped.item() == 0.75 and kl.item() == pytest.approx(sum(math.exp(x) - 1 - x for x in answers) / 2)
     loss.backward()
     assert logp.grad[0, 0].item() == pytest.approx(-1.05 * 2 / 2 / 2) and logp.grad.count_nonzero() == 1
     whole, ones = ppo.ratio_units(logp, mask, starts, ppo.PPOSettings(cot_lambda=0.5))
@@ -952,15 +955,36 @@ def test_ppo_teaches_a_bandit(ratio):
     assert set(diagnostics) >= {"approx_kl", "clip_fraction", "explained_variance", "grad_norm"}
 
 
-def test_an_update_ends_at_its_target_kl():
-    """A step that overshoots is the last one: without a target all 8 minibatches are taken, with one fewer."""
-    taken = {}
+def test_beyond_its_target_kl_v_alone_learns_on():
+    """Adam on two groups: the policy takes fewer steps with a target, stays where it stopped, V takes all of them."""
+    moves = {}
     for target in (0.0, 0.02):
-        policy, options = Bandit(), ppo.PPOSettings(micro_batch=32, minibatch=32, cot_lambda=1.0, target_kl=target)
+        policy, steps = Bandit(), []
+        options = ppo.PPOSettings(micro_batch=32, minibatch=32, cot_lambda=1.0, target_kl=target)
         rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
-        taken[target] = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=2.0), rollout, options,
-                                       torch.Generator().manual_seed(0))["minibatches"]
-    assert taken[0.0] == 8 and 1 < taken[0.02] < 8
+        optimizer = torch.optim.Adam([{"params": [policy.logits], "lr": 0.3}, {"params": [policy.worth], "lr": 0.01}])
+        optimizer.register_step_post_hook(lambda *_: steps.append([policy.logits.tolist(), policy.worth.item()]))
+        taken = ppo.ppo_update(policy, optimizer, rollout, options, torch.Generator().manual_seed(0))["minibatches"]
+        logits, worths = zip(*steps)
+        moves[target] = taken, len({str(x) for x in logits}), len(set(worths)), logits
+    assert moves[0.0][:3] == (8, 8, 8)
+    taken, places, worths, logits = moves[0.02]
+    assert 1 < taken < 8 and worths == 8
+    assert places == taken - 1 and logits[taken - 2] == logits[-1]      # no step after the one that went too far
+    assert logits[0] == moves[0.0][3][0]                                # the first step is the same
+
+
+def test_each_groups_gradients_are_scaled_down_alone():
+    norms = []
+    for worth in (0.0, 1e4):                                            # a wild V must not shrink the policy's step
+        policy, options = Bandit(), ppo.PPOSettings(micro_batch=64, minibatch=64, epochs=1, max_grad_norm=0.1)
+        rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+        rollout.returns = rollout.returns + worth
+        optimizer = torch.optim.SGD([{"params": [policy.logits]}, {"params": [policy.worth]}], lr=1.0)
+        ppo.ppo_update(policy, optimizer, rollout, options, torch.Generator())
+        assert policy.worth.abs().item() <= 0.1 + 1e-6
+        norms.append(policy.logits.norm().item())
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] == pytest.approx(0.1, abs=1e-5)
 
 
 def test_small_advantages_are_not_blown_up():
@@ -1388,10 +1412,36 @@ def test_the_readmes_tables_are_made_of_the_result_files():
     readme = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
     assert len(plot.tables()) >= 5
     for table in map(str.splitlines, plot.tables()):
-        assert len(table) > 3 and set(table) <= set(readme), table[0]
+        first = readme.index(table[0])
+        assert len(table) > 3 and readme[first:first + len(table)] == table
+        assert not readme[first + len(table)].startswith("|")           # no row of an earlier table is left
     speed = json.loads((HERE / "results" / "bench" / "pocket.json").read_text())
     row = " | ".join(f"{speed['baseline'][key]:.1f} s" for key in ("rollout_s", "update_s", "whole_update_s"))
     assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in readme)
+
+
+def test_what_is_measured_undone_computes_the_same(agent):
+    """Each choice for speed changes the time and nothing else."""
+    prompts, responses = samples_of(agent, 2, tokens=20)
+    with torch.no_grad():
+        expected = agent.logprobs(prompts, responses)
+        for name, (_, context) in choices.choices().items():
+            with context():
+                found = agent.logprobs(prompts, responses)
+            for mine, theirs in zip(expected, found):
+                if "bf16" in name:                                      # coarser, and no more
+                    assert (mine - theirs).abs().mean() < 0.2
+                else:
+                    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, msg=name)
+        generator = torch.Generator().manual_seed(0)
+        written = agent.generate(prompts, generator, 12, greedy=True)
+        merged = choices.merged_while_writing(Policy.generate, agent, prompts, generator, 12, None, True)
+    assert merged == written
+
+
+def test_no_line_is_longer_than_120_characters():
+    for file in HERE.glob("*.py"):
+        assert max(map(len, file.read_text().splitlines())) <= 120, file.name
 
 
 def test_every_command_in_the_readme_parses():

@@ -195,7 +195,8 @@ def make_policy(settings, loaded=None):
     loaded: a loading.Loaded to use instead of what settings.model names.
     """
     if settings.model == "cnn":
-        _fill(settings, BY_SIZE["small"])
+        unused = ("rank", "lora_on", "temperature", "gradient_checkpointing")
+        _fill(settings, {name: value for name, value in BY_SIZE["small"].items() if name not in unused})
         return FeaturePolicy(GAMES[settings.task]().legal_actions(), settings.seed), "cnn"
     loaded = loaded or open_model(settings.model, settings.bits)
     settings.model, settings.bits = loaded.name, loaded.bits
@@ -213,7 +214,7 @@ def make_policy(settings, loaded=None):
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature, seed=settings.seed,
                     gradient_checkpointing=settings.gradient_checkpointing)
     if loaded.adapters:
-        policy.load(loaded.adapters)
+        policy.load(loaded.adapters, value=False)
     return policy, loaded.base
 
 
@@ -243,6 +244,7 @@ def train(run, folder, checkpoint=None):
             rollout, metrics, transcript = collect(run, bar.update)
             collected = time.perf_counter()
             metrics |= ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)
+            del rollout                                         # before the next one: kept image features are large
             run.update += 1
             if first:
                 head = {"update": run.update, "env_steps": run.update * settings.rollout, "lr": rates[0]}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the runs and baselines of this folder again, from the repository's root: bash results/run_all.sh [PATTERN]
 # One line a run, one core a run, as many side by side as there are cores; PATTERN (grep's) picks some. What is there is
-# skipped (delete its folder first); what was interrupted goes on.
+# skipped (to make it again after a change, delete its folder in results/ and in runs/); what was interrupted goes on.
 set -euo pipefail
 cores=$(nproc)               # before the next line, which nproc would obey
 export OMP_NUM_THREADS=1
@@ -9,15 +9,18 @@ export OMP_NUM_THREADS=1
 train() {   # train NAME GAMES ARGUMENTS…: one RL run, held-out games with its last checkpoint, the files that are kept
     local name=$1 games=$2; shift 2
     [ -f "results/$name/eval.json" ] && return
-    local resume="" begun=$SECONDS run="runs/$name"
+    local resume="" begun=$SECONDS run="runs/$name" task=${name%%-*}
     [ -f "$run/config.json" ] && resume="--resume"
     mkdir -p "$run" "results/$name"
-    python train.py "$@" --eval-episodes 0 --out "$run" $resume > "$run/log.txt" 2>&1 || { echo "$name failed"; return; }
+    exec 9> "$run/lock"; flock -n 9 || { echo "$name is running elsewhere"; return 1; }
+    python train.py "$@" --eval-episodes 0 --out "$run" $resume > "$run/log.txt" 2>&1 ||
+        { echo "$name failed: $run/log.txt"; return 1; }
     # from the command's start to its end; not of a run that was interrupted
     [ -n "$resume" ] || echo "{\"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/$name/wall.json"
     cp "$run/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl} "results/$name/"
     echo "OMP_NUM_THREADS=1 python train.py $* --eval-episodes 0 --out $run" > "results/$name/command.txt"
-    python eval.py --task "$2" --run "$run" --episodes "$games" --out "results/$name/eval.part" > "$run/eval.log" 2>&1
+    python eval.py --task "$task" --run "$run" --episodes "$games" --out "results/$name/eval.part" >> "$run/log.txt" 2>&1 ||
+        { echo "$name failed: $run/log.txt"; return 1; }
     mv "results/$name/eval.part" "results/$name/eval.json"
     echo "$name done"
 }
@@ -25,7 +28,9 @@ train() {   # train NAME GAMES ARGUMENTS…: one RL run, held-out games with its
 evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is not trained by RL
     local name=$1 games=$2; shift 2
     [ -f "results/baselines/$name.json" ] && return
-    python eval.py "$@" --episodes "$games" --out "results/baselines/$name.json" > /dev/null 2>&1
+    mkdir -p runs
+    python eval.py "$@" --episodes "$games" --out "results/baselines/$name.json" > "runs/$name.log" 2>&1 ||
+        { echo "$name failed: runs/$name.log"; return 1; }
     echo "$name done"
 }
 
@@ -44,28 +49,28 @@ runs() {
     # the main table
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
-            echo train $task-seed$seed ${games[$task]} --task $task --seed $seed
+            echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
         done
     done
     # without chain of thought
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
-            echo train $task-no-cot-seed$seed ${games[$task]} --task $task --no-cot --seed $seed
+            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed
         done
     done
     # the weight of the thoughts; 0.5 is in the main table
     for seed in 1 2 3; do
         for cot_lambda in 0 1 0.1 0.9 0.3 0.7; do
-            echo train numberline-lambda-$cot_lambda-seed$seed 1000 --task numberline --cot-lambda $cot_lambda --seed $seed
+            echo train numberline-lambda-$cot_lambda-seed$seed 1000 --model pocket --task numberline --cot-lambda $cot_lambda --seed $seed
         done
     done
     for cot_lambda in 0.1 1; do
-        echo train blackjack-lambda-$cot_lambda-seed1 10000 --task blackjack --cot-lambda $cot_lambda --seed 1
+        echo train blackjack-lambda-$cot_lambda-seed1 10000 --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
     done
     # every token its own ratio
     for seed in 1 2 3; do
         for task in numberline ezpoints; do
-            echo train $task-token-seed$seed 1000 --task $task --ratio token --seed $seed
+            echo train $task-token-seed$seed 1000 --model pocket --task $task --ratio token --seed $seed
         done
     done
     # frozen vision features and an MLP over the actions
