@@ -80,9 +80,14 @@ def shown(values):
     return f"{mean:.1f}{spread}" + ("" if len(values) == 3 else f" ({len(values)})")
 
 
+def metrics(folder):
+    """The lines of a run's metrics.jsonl, a dict an update."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def curves(folders):
     """(env steps (U,), success (seeds, U)): NaN where no episode ended in a rollout."""
-    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    rows = [metrics(folder) for folder in folders]
     success = [[np.nan if row["success"] is None else 100 * row["success"] for row in run] for run in zip(*rows)]
     return np.array([row["env_steps"] for row, *_ in zip(*rows)]), np.array(success).T
 
@@ -118,17 +123,24 @@ def lambda_runs(task, weight):
 
 
 def draw_lambda(path):
-    """Held-out success after RL over λ, a dot a seed, the line through the means."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    """NumberLine while it learns, a line a λ, the mean over seeds; and both games' held-out success, a dot a seed."""
+    figure, (over_time, *panels) = pyplot.subplots(1, 3, figsize=(14, 3.4))
+    for weight in LAMBDAS:
+        if folders := lambda_runs("numberline", weight):
+            steps, success = curves(folders)
+            over_time.plot(steps, np.nanmean(success, 0), color=pyplot.cm.viridis(0.95 * float(weight)),
+                           label=f"λ = {weight}")
+    over_time.set(title="numberline, while it learns", xlabel="environment steps", ylabel="success, %", ylim=(0, 104))
     for axes, task in zip(panels, ("numberline", "blackjack")):
-        points = {float(weight): finals(lambda_runs(task, weight)) for weight in LAMBDAS}
-        points = {weight: values for weight, values in points.items() if values}
+        points = {float(weight): values for weight in LAMBDAS if (values := finals(lambda_runs(task, weight)))}
         for weight, values in points.items():
             axes.plot([weight] * len(values), values, "o", color="tab:blue", markersize=4)
-        axes.plot(list(points), [np.mean(values) for values in points.values()], color="tab:blue", label="RL")
+        axes.plot(list(points), [np.mean(values) for values in points.values()], color="tab:blue", label="after RL")
         axes.axhline(baseline(task, "start"), linestyle="--", color="tab:gray", linewidth=0.9, label="SFT start")
-        axes.set(title=task, xlabel="λ", ylabel="success, %", ylim=(0, 104 if task == "numberline" else 50))
-        axes.legend(fontsize=8, loc="lower right")
+        axes.set(title=f"{task}, held-out games", xlabel="λ", xlim=(-0.05, 1.05),
+                 ylim=(0, 104 if task == "numberline" else 50))
+        axes.legend(fontsize=7, loc="lower right")
+    over_time.legend(fontsize=7, loc="center right", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -167,11 +179,23 @@ def seeds():
 
 
 def lambdas():
-    """Held-out success in % by λ; "" as long as there is no run for it."""
+    """λ on both games, and how NumberLine was learned (means over seeds); "" as long as there is no run for it."""
     if not any(runs(task, f"lambda-{weight}") for task in ("numberline", "blackjack") for weight in LAMBDAS):
         return ""
-    rows = [[task, *(shown(finals(lambda_runs(task, weight))) for weight in LAMBDAS)]
+    rows = [[f"{task}, success", *(shown(finals(lambda_runs(task, weight))) for weight in LAMBDAS)]
             for task in ("numberline", "blackjack")]
+    measures = (
+        ("updates until a rollout succeeds in 90 %", ".1f",
+         lambda run: next((row["update"] for row in run if row["success"] >= 0.9), None)),
+        ("updates that `target_kl` cut short", ".1f", lambda run: sum(row["minibatches"] < 16 for row in run)),
+        ("answers parsed, worst rollout, %", ".0f", lambda run: 100 * min(row["parse_rate"] for row in run)),
+        ("norm of the first gradients", ".2g", lambda run: run[0]["grad_norm"]))
+    for name, form, measure in measures:
+        cells = []
+        for weight in LAMBDAS:
+            found = [measure(metrics(folder)) for folder in lambda_runs("numberline", weight)]
+            cells.append("–" if None in found or not found else f"{statistics.fmean(found):{form}}")
+        rows.append([f"numberline, {name}", *cells])
     return markdown(["λ", *LAMBDAS], rows)
 
 
@@ -182,6 +206,22 @@ def ratios():
     rows = [[task, shown(finals(runs(task))), shown(finals(runs(task, "token")))]
             for task in ("numberline", "ezpoints")]
     return markdown(["", "one ratio an answer, λ = 0.5", "one ratio a token"], rows)
+
+
+def best_effort():
+    """From a stronger start, with other settings (each run's command.txt); "" as long as there is no run for it."""
+    rows = []
+    for task, paper in PAPER.items():
+        start = RESULTS / "baselines" / f"{task}-best-start.json"
+        for folder in runs(task, "best"):
+            taught = read(RESULTS / "baselines" / f"{task}-best-sft.json")
+            end, minutes = read(folder / "eval.json"), (taught["wall_s"] + read(folder / "wall.json")["wall_s"]) / 60
+            low, high = 100 * end["success_low"], 100 * end["success_high"]
+            rows.append([folder.name, f"{taught['steps']:,}", f"{100 * read(start)['success']:.1f}",
+                         f"**{100 * end['success']:.1f}** ({low:.1f} to {high:.1f})", str(paper["ceiling"]),
+                         f"{minutes:.0f}"])
+    return "" if not rows else markdown(["best effort", "batches of SFT", "SFT alone", "RL (95 % of these games)", "exact ceiling",
+                              "minutes"], rows)
 
 
 def decisions():
@@ -216,7 +256,7 @@ def value_heads():
     """NumberLine with other value heads: how well V explains returns at its best, how answers parse at worst."""
     rows = []
     for folder, text in TRIED.items():
-        run = [json.loads(line) for line in (RESULTS / folder / "metrics.jsonl").read_text().splitlines()]
+        run = metrics(RESULTS / folder)
         best = max(row["explained_variance"] for row in run)
         worst = [f"{100 * min(row['parse_rate'] for row in part):.1f} %" if part else "–"
                  for part in (run[4:14], run[19:])]
@@ -236,7 +276,7 @@ def speed_choices():
 
 def tables():
     """All of them, without those that no run stands behind yet."""
-    return [text for make in (table, seeds, lambdas, ratios, decisions, plans, value_heads, speed_choices)
+    return [text for make in (table, seeds, lambdas, best_effort, ratios, decisions, plans, value_heads, speed_choices)
             if (text := make())]
 
 

@@ -34,6 +34,23 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is n
     echo "$name done"
 }
 
+best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning on the expert's own labels, RL from there
+    local name=$1 games=$2 steps=$3 task=${1%%-*}; shift 3
+    local begun=$SECONDS start="runs/$task-best-sft"
+    [ -f "results/$name/eval.json" ] && return
+    mkdir -p runs "results/$name"
+    exec 8> "$start.lock"; flock -n 8 || { echo "$start is being made elsewhere"; return 1; }
+    if [ ! -d "$start" ]; then
+        rm -rf "$start.part"
+        python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start.part" \
+            > "$start.log" 2>&1 || { echo "$name failed: $start.log"; return 1; }
+        mv "$start.part" "$start"
+        echo "{\"steps\": $steps, \"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/baselines/$task-best-sft.json"
+    fi
+    evaluate "$task-best-start" "$games" --task "$task" --model "$start"
+    train "$name" "$games" --task "$task" --model "$start" "$@"
+}
+
 runs() {
     local task seed cot_lambda
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000)
@@ -67,6 +84,11 @@ runs() {
     for cot_lambda in 0.1 1; do
         echo train blackjack-lambda-$cot_lambda-seed1 10000 --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
     done
+    # best effort: taught the expert's own labels first, up to an hour a game
+    echo best points24-best-seed1 1000 3000 --seed 1
+    echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
+    echo best ezpoints-best-seed1 1000 300 --seed 1
+    echo best numberline-best-seed1 1000 300 --seed 1
     # every token its own ratio
     for seed in 1 2 3; do
         for task in numberline ezpoints; do
@@ -81,6 +103,6 @@ runs() {
     done
 }
 
-export -f train evaluate
+export -f train evaluate best
 mkdir -p results/baselines
 runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
