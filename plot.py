@@ -158,10 +158,12 @@ def table():
         chance, constant, expert, start = (f"{baseline(task, name):.1f}"
                                            for name in ("random", "constant", "expert", "start"))
         rows.append([task, chance, constant, expert, str(paper["ceiling"]), start, f"**{shown(finals(runs(task)))}**",
-                     shown(finals(runs(task, "no-cot"))), shown(finals(runs(task, "cnn"))),
+                     f"{baseline(task, 'start-no-cot'):.1f} → {shown(finals(runs(task, 'no-cot')))}",
+                     shown(finals(runs(task, "cnn"))),
                      f"{paper['SFT']} → {paper['RL']}", str(paper["no CoT"]), str(paper["CNN"])])
     return markdown(["", "random", "best constant action", "expert", "exact ceiling", "SFT start", "RL",
-                     "RL without CoT", "features + MLP", "paper: SFT → RL", "paper: no CoT", "paper: CNN"], rows)
+                     "without CoT: start → RL", "features + MLP", "paper: SFT → RL", "paper: no CoT",
+                     "paper: CNN"], rows)
 
 
 def seeds():
@@ -199,6 +201,17 @@ def lambdas():
     return markdown(["λ", *LAMBDAS], rows)
 
 
+def trust_regions():
+    """NumberLine, seed 1: how far λ lets an answer move, set by other means (results/tried/README.md)."""
+    folders = {"λ = 0.1": "numberline-lambda-0.1-seed1",
+               "λ = 1, clip 0.9, `target_kl` 10": "tried/lambda-1-wide-numberline-seed1",
+               "λ = 1": "numberline-lambda-1-seed1",
+               "λ = 0.1, clip 0.01, `target_kl` 0.001": "tried/lambda-0.1-narrow-numberline-seed1"}
+    rows = [[name, *(f"{100 * row['success']:.0f}" for row in metrics(RESULTS / folder)[:6])]
+            for name, folder in folders.items()]
+    return markdown(["success in rollout, %", *map(str, range(1, 7))], rows)
+
+
 def ratios():
     """The λ-weighted ratio of a whole answer beside a ratio for every token; "" as long as there is no run for it."""
     if not any(runs(task, "token") for task in ("numberline", "ezpoints")):
@@ -220,8 +233,8 @@ def best_effort():
             rows.append([folder.name, f"{taught['steps']:,}", f"{100 * read(start)['success']:.1f}",
                          f"**{100 * end['success']:.1f}** ({low:.1f} to {high:.1f})", str(paper["ceiling"]),
                          f"{minutes:.0f}"])
-    return "" if not rows else markdown(["best effort", "batches of SFT", "SFT alone", "RL (95 % of these games)", "exact ceiling",
-                              "minutes"], rows)
+    head = ["best effort", "batches of SFT", "SFT alone", "RL (95 % of these games)", "exact ceiling", "minutes"]
+    return markdown(head, rows) if rows else ""
 
 
 def decisions():
@@ -276,7 +289,8 @@ def speed_choices():
 
 def tables():
     """All of them, without those that no run stands behind yet."""
-    return [text for make in (table, seeds, lambdas, best_effort, ratios, decisions, plans, value_heads, speed_choices)
+    return [text for make in (table, seeds, lambdas, trust_regions, best_effort, ratios, decisions, plans, value_heads,
+                              speed_choices)
             if (text := make())]
 
 
