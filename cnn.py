@@ -86,5 +86,6 @@ class FeaturePolicy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "mlp.safetensors")
 
-    def load(self, folder):
+    def load(self, folder, value=True):
+        """Read what save wrote; V reads the same standardised features, so it comes along in any case."""
         self.load_state_dict(load_file(Path(folder) / "mlp.safetensors"))

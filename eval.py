@@ -5,8 +5,8 @@
     python eval.py --task blackjack --policy always:stand         # random, expert, always:ACTION: what to compare with
 
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds (train.py).
-The last line printed is one JSON object. RL fools itself: always standing wins 38 % at Blackjack, so look at
-`reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` before the average.
+The last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack, so look at
+`reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` first.
 """
 
 import argparse

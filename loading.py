@@ -37,8 +37,7 @@ def load_model(name, bits=32, device="cpu"):
     if bits == 4:
         quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    _config(name)
-    _check_memory(name, bits, device)
+    _check_memory(name, bits, device, stored_as=_config(name).dtype or torch.float16)
     try:
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -109,10 +108,10 @@ def is_small(config):
     return config.text_config.hidden_size < 1024
 
 
-def _check_memory(name, bits, device):
+def _check_memory(name, bits, device, stored_as):
     """Refuse a folder of weights larger than the whole memory, before the machine swaps or kills the run."""
     stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
-    needed = stored * bits / 16                                   # checkpoints are stored in 16 bits
+    needed = stored * bits / (8 * stored_as.itemsize)
     if device == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:

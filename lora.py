@@ -51,7 +51,7 @@ def add_lora(model, rank, alpha, parts, generator):
     prefixes = tuple(PARTS[part] for part in parts)
     layers = {}
     for path, module in list(model.named_modules()):
-        if prefixes and path.startswith(prefixes) and isinstance(module, nn.Linear):
+        if path.startswith(prefixes) and isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
             layers[path] = LoRALinear(module, rank, alpha, generator)
             setattr(model.get_submodule(parent), name, layers[path])

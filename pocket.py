@@ -39,8 +39,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] }}\n{% endif %}{% endfor %}"
     "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}")
 # Pieces are: a prompt's fixed lines whole; a phrase with the punctuation before it (`. I choose`); one card, number or
-# operator; other punctuation (`": "`). So picture, prompt and answer are some 50 to 80 tokens, half of what one a word
-# would be; "10" is one token wherever it stands, and the action part begins at a token's start.
+# operator; other punctuation (`": "`). So picture, prompt and answer are some 45 to 80 tokens, half of
+# what one a word would be; "10" is one token wherever it stands, and the action part begins at a token's start.
 PIECES = Regex(r"""\n(?:Actions|Answer)[^\n]*|"action|(?:(?!"action)[.,:'"{} ])*(?:I|[A-Z]?[a-z]+)(?: [a-z]+)*"""
                r"""| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9.,:'"{} ]|(?:(?!"action)[.,:'"{} ])+|.""")
 

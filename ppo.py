@@ -140,7 +140,7 @@ def score_rollout(policy, rollout, settings):
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator):
-    """Improve the policy on one rollout; return a dict of diagnostics, means over the minibatches it learned from.
+    """Improve the policy on one rollout; return a dict of diagnostics: means up to the minibatch that target_kl stops.
 
     policy: anything with `logprobs(prompts, responses) → (logp, mask, value)` and `trainable() → [(name, tensor)]`.
     optimizer: its first group of parameters is the policy's, a second V's: beyond target_kl only the second goes on.

@@ -123,7 +123,8 @@ def read_settings(description, arguments=None):
     if resume and "out" in given and config.exists():
         stored = json.loads(config.read_text())
         stored["lora_on"] = stored["lora_on"] and tuple(stored["lora_on"])
-        # for memory's sake these may change: sums round otherwise, and another play_batch draws other tokens
+        # These may change: where to and how often it is written, and for memory's sake the sizes of batches (sums round
+        # otherwise, and another play_batch draws other tokens).
         free = {"out", "micro_batch", "play_batch", "save_every"}
         if unknown := set(stored) ^ {field.name for field in fields(Settings)}:
             parser.error(f"{config} was written by another version of this program ({', '.join(sorted(unknown))} "
@@ -133,7 +134,10 @@ def read_settings(description, arguments=None):
             parser.error(f"--resume goes on with the run's own settings: {config} has "
                          f"{', '.join(f'{key} {stored[key]}, not {given[key]}' for key in other)}. Leave these flags "
                          "out (--micro-batch, --play-batch, --save-every may change), or start a new run with --out")
-        return Settings(**(stored | {key: value for key, value in given.items() if key in free})), True
+        settings = Settings(**(stored | {key: value for key, value in given.items() if key in free}))
+        if problem := _problem(settings):
+            parser.error(problem)
+        return settings, True
     if "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
     if resume:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from env import GAMES
 from expert import expert_action, reading, thoughts
 from loading import ModelError, is_small, open_model
-from lora import PARTS, adapter_settings
+from lora import PARTS, adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
 from ppo import by_length
@@ -136,6 +136,8 @@ def main(arguments=None):
     for name in ("steps", "batch", "rank", "micro_batch", "lr"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if options.full and options.rank:
+        parser.error("--full trains all weights and has no adapters: leave --rank out")
     if options.seed < 0:
         parser.error("--seed must not be negative")
     if Path(options.out).exists() and (Path(options.out).is_file() or any(Path(options.out).iterdir())):
@@ -149,9 +151,11 @@ def main(arguments=None):
         lora = {"rank": rank, "parts": () if options.full else tuple(PARTS)}
         if loaded.adapters:
             lora = adapter_settings(loaded.adapters)
+            if options.rank not in (None, lora["rank"]):
+                parser.error(f"the adapters in {loaded.adapters} have rank {lora['rank']}: leave --rank out")
         policy = Policy(loaded.model, loaded.processor, **lora, seed=options.seed, gradient_checkpointing=not small)
         if loaded.adapters:
-            policy.load(loaded.adapters)
+            policy.load(loaded.adapters, value=False)
         source = demonstrations(options.task, options.seed, options.label_noise, not options.no_cot)
         batches = mixed([source], options.batch, np.random.default_rng(options.seed))
         finetune(policy, batches, options.steps, options.lr or (5e-4 if small else 2e-5),
@@ -164,8 +168,7 @@ def main(arguments=None):
         loaded.model.save_pretrained(options.out)
         loaded.processor.save_pretrained(options.out)
     else:
-        policy.save(options.out, loaded.base)
-        (Path(options.out) / "value_head.safetensors").unlink()        # untrained here: RL starts its own
+        save_adapters(policy.lora, options.out, loaded.base, policy.rank, policy.alpha)     # without V: RL's own
 
 
 if __name__ == "__main__":

@@ -805,6 +805,11 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loading.os, "sysconf", lambda name: 1)
     with pytest.raises(ModelError, match="--bits 4"):
         load_model(str(tiny))
+    stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    monkeypatch.setattr(loading.os, "sysconf", lambda name: math.ceil(stored ** 0.5) + 1)      # a little more than it
+    loading._check_memory(str(tiny), 32, "cpu", torch.float32)
+    with pytest.raises(ModelError, match="needs about"):
+        loading._check_memory(str(tiny), 32, "cpu", torch.float16)
 
 
 def test_gradient_checkpointing_changes_nothing(agent, shipped):
@@ -1194,6 +1199,9 @@ def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(tmp_path, ca
     with pytest.raises(SystemExit):
         run_settings.read_settings("", ["--out", str(tmp_path), "--resume", "--seed", "5"])
     assert "seed 4, not 5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_settings.read_settings("", ["--out", str(tmp_path), "--resume", "--micro-batch", "0"])
+    assert "--micro-batch must be above 0" in capsys.readouterr().err
 
 
 def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
@@ -1243,6 +1251,11 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
     with pytest.raises(SystemExit):
         sft.main(["--task", "numberline", "--model", "pocket", "--out", str(tmp_path / "a")])
     assert "not empty" in capsys.readouterr().err
+    for given, message in ((["--model", str(tmp_path / "a")], "have rank 8"),
+                           (["--model", "pocket", "--full"], "has no adapters")):
+        with pytest.raises(SystemExit):
+            sft.main(["--task", "numberline", "--rank", "4", "--out", str(tmp_path / "b"), *given])
+        assert message in capsys.readouterr().err
 
 
 def test_ppo_on_the_real_model_beats_its_start(shipped):
@@ -1410,7 +1423,8 @@ def test_the_readmes_worked_step_is_true(shipped):
 
 
 def test_the_readmes_tables_are_made_of_the_result_files():
-    readme = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
+    pages = (HERE / "results" / "README.md").read_text() + (HERE / "README.md").read_text()
+    readme = [line.strip() for line in pages.splitlines()]
     assert len(plot.tables()) >= 5
     for table in map(str.splitlines, plot.tables()):
         first = readme.index(table[0])

@@ -4,9 +4,10 @@
     python train.py --task numberline --no-cot --seed 2
     python train.py --task points24 --out runs/p24 --resume
 
-collect a rollout → advantages → clipped PPO → metrics, checkpoint. One seed and one number of processes (torchrun,
-parallel.py) fix a run bit for bit on a CPU, and a run killed at any moment and resumed ends as the run that was left
-alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl). Does not handle: several tasks at once.
+collect a rollout → advantages → clipped PPO → metrics, checkpoint. On one machine's CPU, a seed and the numbers of threads
+and processes (torchrun, parallel.py) fix a run bit for bit, and a run killed at any moment and resumed ends as the run
+that was left alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl). Does not handle: several tasks at
+once.
 """
 
 import dataclasses
@@ -92,11 +93,11 @@ class Run:
         generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
         self.sampling.set_state(generators["sampling"])
         self.shuffling.set_state(generators["shuffling"])
-        state = {}
+        moments = {}
         for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+            moments.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.update, self.fallback.bit_generator.state = plain["update"], plain["fallback"]
         for game, state in zip(self.games, plain["games"]):
             game.set_state(state)

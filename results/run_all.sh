@@ -87,8 +87,6 @@ runs() {
     # best effort: taught the expert's own labels first, up to an hour a game
     echo best points24-best-seed1 1000 3000 --seed 1
     echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
-    echo best ezpoints-best-seed1 1000 300 --seed 1
-    echo best numberline-best-seed1 1000 300 --seed 1
     # every token its own ratio
     for seed in 1 2 3; do
         for task in numberline ezpoints; do
