@@ -1,4 +1,4 @@
-"""Redraws the figures and tables of README.md and results/README.md: what was measured here from results/, the rest from PAPER.
+"""Redraws the figures and tables of both READMEs: what was measured here from results/, the rest from PAPER.
 
     python plot.py                      # writes results/curves.png, results/lambda.png; prints the tables
 

@@ -4,10 +4,10 @@
     python train.py --task numberline --no-cot --seed 2
     python train.py --task points24 --out runs/p24 --resume
 
-collect a rollout → advantages → clipped PPO → metrics, checkpoint. On one machine's CPU, a seed and the numbers of threads
-and processes (torchrun, parallel.py) fix a run bit for bit, and a run killed at any moment and resumed ends as the run
-that was left alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl). Does not handle: several tasks at
-once.
+collect a rollout → advantages → clipped PPO → metrics, checkpoint. On one machine's CPU, a seed and the numbers of
+threads and processes (torchrun, parallel.py) fix a run bit for bit, and a run killed at any moment and resumed ends as
+the run that was left alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl). Does not handle: several
+tasks at once.
 """
 
 import dataclasses
