@@ -242,7 +242,7 @@ def best_effort():
 def decisions():
     """How often each Blackjack policy hits, by total: what the average does not show."""
     keys = ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17")
-    found = {"the exact best play for wins": "baselines/blackjack-expert.json",
+    found = {"the best play for wins, same deals": "baselines/blackjack-expert.json",
              "SFT start": "baselines/blackjack-start.json"}
     for name, variant in (("RL, seed", ""), ("RL without CoT, seed", "no-cot")):
         found |= {f"{name} {folder.name[-1]}": f"{folder.name}/eval.json" for folder in runs("blackjack", variant)}

@@ -1435,6 +1435,22 @@ def test_the_readmes_tables_are_made_of_the_result_files():
     assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in readme)
 
 
+def test_each_result_belongs_to_its_command():
+    """A run's config.json, eval.json and folder are what its command.txt says: 15,000 steps, held-out deals."""
+    folders = [file.parent for file in (HERE / "results").glob("*-seed*/command.txt")]
+    assert len(folders) >= 12
+    for folder in folders:
+        words = shlex.split((folder / "command.txt").read_text())
+        given = vars(run_settings.make_parser().parse_args(words[words.index("train.py") + 1:]))
+        config, end = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
+        assert Path(given.pop("out")).name == folder.name
+        assert Path(end.get("policy", folder)).name == folder.name          # train.py's own eval.json names none
+        given.pop("eval_episodes")
+        assert {key: config[key] for key in given} == given and config["steps"] == 15_000
+        assert len(plot.metrics(folder)) == 29 and end["seed"] == 10_000
+        assert end["episodes"] == (10_000 if config["task"] == "blackjack" else 1000)
+
+
 def test_what_is_measured_undone_computes_the_same(agent):
     """Each choice for speed changes the time and nothing else."""
     prompts, responses = samples_of(agent, 2, tokens=20)
