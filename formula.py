@@ -105,15 +105,17 @@ def solutions(numbers, target, operators="+-*/"):
                     for operator in operators:
                         if operator == "/" and rv == 0:
                             continue
-                        level = PRECEDENCE[operator]
+                        value, level = _apply(lv, operator, rv), PRECEDENCE[operator]
+                        if part == numbers and value != target:     # most of them: not worth writing down
+                            continue
                         left = ("(", *lt, ")") if lp < level else lt
                         # subtle: a-(b+c) and a/(b*c) need their brackets; a+(b-c) and a*(b/c) do not.
                         wrap = rp < level or (rp == level and operator in "-/")
                         right = ("(", *rt, ")") if wrap else rt
-                        found[left + (operator,) + right] = (_apply(lv, operator, rv), level)
+                        found[left + (operator,) + right] = (value, level)
         return tuple((value, tokens, level) for tokens, (value, level) in found.items())
 
-    good = [tokens for value, tokens, _ in expressions(tuple(numbers)) if value == target]
+    good = [tokens for value, tokens, _ in expressions(numbers) if value == target]     # a lone number may miss it
     return tuple(sorted(good, key=lambda tokens: (len(tokens), tokens)))
 
 
