@@ -11,6 +11,8 @@ that start near the paper's SFT row. LoRA adapters by default; --full trains all
 
 import argparse
 import math
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,11 +166,14 @@ def main(arguments=None):
         sys.exit(f"sft.py: {error}")
     except torch.cuda.OutOfMemoryError:
         sys.exit("sft.py: out of GPU memory: lower --micro-batch, or use --bits 4")
+    part = Path(options.out).with_name(Path(options.out).name + ".part")        # the result appears whole or not at all
+    shutil.rmtree(part, ignore_errors=True)
     if options.full:
-        loaded.model.save_pretrained(options.out)
-        loaded.processor.save_pretrained(options.out)
+        loaded.model.save_pretrained(part)
+        loaded.processor.save_pretrained(part)
     else:
-        save_adapters(policy.lora, options.out, loaded.base, policy.rank, policy.alpha)     # without V: RL's own
+        save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)            # without V: RL's own
+    os.replace(part, options.out)
 
 
 if __name__ == "__main__":

@@ -1258,6 +1258,23 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
         assert message in capsys.readouterr().err
 
 
+def test_full_fine_tuning_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
+    arguments = ["--task", "numberline", "--model", str(tiny), "--full", "--bits", "32", "--steps", "2", "--batch", "4",
+                 "--lr", "1e-2", "--out", str(tmp_path / "full")]
+    processor = type(load_model(str(tiny))[1])
+    with monkeypatch.context() as killed:
+        killed.setattr(processor, "save_pretrained", lambda self, folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(arguments)
+    assert not (tmp_path / "full").exists()
+    sft.main(arguments)
+    before, after = (load_model(str(folder))[0].state_dict() for folder in (tiny, tmp_path / "full"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    for part in ("vision_tower", "projector", "language_model"):
+        assert any(part in name for name in moved)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
 def test_ppo_on_the_real_model_beats_its_start(shipped):
     """A short run of the whole loop on NumberLine, which the model plays at random (27 %) before, on held-out games."""
     run = make_run(shipped, "numberline", rollout=256, envs=64, steps=256 * 4, lr=1e-3, micro_batch=64, minibatch=64,

@@ -41,10 +41,8 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
     mkdir -p runs "results/$name"
     exec 8> "$start.lock"; flock -n 8 || { echo "$start is being made elsewhere"; return 1; }
     if [ ! -d "$start" ]; then
-        rm -rf "$start.part"
-        python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start.part" \
+        python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start" \
             > "$start.log" 2>&1 || { echo "$name failed: $start.log"; return 1; }
-        mv "$start.part" "$start"
         echo "{\"steps\": $steps, \"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/baselines/$task-best-sft.json"
     fi
     evaluate "$task-best-start" "$games" --task "$task" --model "$start"
