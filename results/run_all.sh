@@ -50,7 +50,7 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
 }
 
 runs() {
-    local task seed cot_lambda
+    local task seed cot_lambda setting
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
     # what is not trained
@@ -95,6 +95,12 @@ runs() {
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
             echo train $task-cnn-seed$seed ${games[$task]} --task $task --model cnn --no-cot --seed $seed
+        done
+    done
+    # one setting at a time; the settings were chosen before, on training curves (results/README.md)
+    for task in points24 blackjack; do
+        for setting in "lr 1e-4" "lr 4e-4" "temperature 0.3" "temperature 0.8" "rank 8" "rank 128"; do
+            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1
         done
     done
 }
