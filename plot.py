@@ -190,7 +190,7 @@ def lambdas():
     rows = [[f"{task}, success", *(shown(finals(lambda_runs(task, weight))) for weight in LAMBDAS)]
             for task in ("numberline", "blackjack")]
     measures = (
-        ("updates until a rollout succeeds in 90 %", ".1f",
+        ("first rollout that succeeds in 90 %", ".1f",
          lambda run: next((row["update"] for row in run if row["success"] >= 0.9), None)),
         ("updates that `target_kl` cut short", ".1f",
          lambda run: sum(row["minibatches"] < max(row["minibatches"] for row in run) for row in run)),
