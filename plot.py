@@ -282,7 +282,7 @@ def value_heads():
 
 
 def settings_tried():
-    """One setting changed at a time, seed 1: training's last rollouts, held-out games, an answer's entropy."""
+    """One setting changed at a time, seed 1: success in training and in held-out games, an answer's entropy."""
     rows = []
     for task in ("points24", "blackjack"):
         found = {"as shipped": runs(task)[:1]} | {text: runs(task, text.replace(" ", "-")) for text in SEARCH}
@@ -291,10 +291,10 @@ def settings_tried():
             # subtle: minus the mean log-probability of what was sampled is an estimate of the entropy
             entropy = [-statistics.fmean(row["thought_logp"] + row["action_logp"] for row in part)
                        for part in (run[:1], run[-10:])]
-            success = statistics.fmean(100 * row["success"] for row in run[-10:])
-            rows.append([f"{task}: {name}", f"{success:.1f}", f"{finals([folder])[0]:.1f}",
+            success = [statistics.fmean(100 * row["success"] for row in part) for part in (run[:3], run[-10:])]
+            rows.append([f"{task}: {name}", f"{success[0]:.1f} → {success[1]:.1f}", f"{finals([folder])[0]:.1f}",
                          f"{entropy[0]:.2f} → {entropy[1]:.2f}", f"{100 * min(row['parse_rate'] for row in run):.0f}"])
-    return markdown(["one setting changed", "last ten rollouts, success in %", "held-out games",
+    return markdown(["one setting changed", "first three → last ten rollouts", "held-out games",
                      "entropy of an answer, nats", "answers parsed, worst rollout, %"], rows)
 
 
