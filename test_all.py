@@ -1461,7 +1461,7 @@ def test_each_result_belongs_to_its_command():
         given = vars(run_settings.make_parser().parse_args(words[words.index("train.py") + 1:]))
         config, end = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
         assert Path(given.pop("out")).name == folder.name
-        assert Path(end.get("policy", folder)).name == folder.name          # train.py's own eval.json names none
+        assert Path(end["policy"]).name == folder.name
         given.pop("eval_episodes")
         assert {key: config[key] for key in given} == given and config["steps"] == 15_000
         assert len(plot.metrics(folder)) == 29 and end["seed"] == 10_000
