@@ -38,6 +38,7 @@ TRIED = {           # folder of results/: what its value head is
     "numberline-seed1": "now: the last, `advantage_floor` 1 (0.25 above), gradients clipped apart, V learns on",
     "numberline-seed2": "now",
     "numberline-seed3": "now"}
+# Settings changed one at a time, as run_all.sh names them.
 SEARCH = ("lr 1e-4", "lr 4e-4", "temperature 0.3", "temperature 0.8", "rank 8", "rank 128")
 # Student's t, 97.5 %, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -286,13 +287,15 @@ def settings_tried():
     rows = []
     for task in ("points24", "blackjack"):
         found = {"as shipped": runs(task)[:1]} | {text: runs(task, text.replace(" ", "-")) for text in SEARCH}
-        for name, folder in [(name, folder) for name, folders in found.items() for folder in folders]:
-            run = metrics(folder)
-            # subtle: minus the mean log-probability of what was sampled is an estimate of the entropy
+        for name, folders in found.items():
+            if not folders:
+                continue
+            run = metrics(folders[0])
+            # Minus the mean log-probability of what was sampled is an estimate of the entropy.
             entropy = [-statistics.fmean(row["thought_logp"] + row["action_logp"] for row in part)
                        for part in (run[:1], run[-10:])]
             success = [statistics.fmean(100 * row["success"] for row in part) for part in (run[:3], run[-10:])]
-            rows.append([f"{task}: {name}", f"{success[0]:.1f} → {success[1]:.1f}", f"{finals([folder])[0]:.1f}",
+            rows.append([f"{task}: {name}", f"{success[0]:.1f} → {success[1]:.1f}", f"{finals(folders)[0]:.1f}",
                          f"{entropy[0]:.2f} → {entropy[1]:.2f}", f"{100 * min(row['parse_rate'] for row in run):.0f}"])
     return markdown(["one setting changed", "first three → last ten rollouts", "held-out games",
                      "entropy of an answer, nats", "answers parsed, worst rollout, %"], rows)

@@ -1262,8 +1262,12 @@ def test_full_fine_tuning_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatc
     arguments = ["--task", "numberline", "--model", str(tiny), "--full", "--bits", "32", "--steps", "2", "--batch", "4",
                  "--lr", "1e-2", "--out", str(tmp_path / "full")]
     processor = type(load_model(str(tiny))[1])
+
+    def interrupted(self, folder):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as killed:
-        killed.setattr(processor, "save_pretrained", lambda self, folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(processor, "save_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sft.main(arguments)
     assert not (tmp_path / "full").exists()
@@ -1450,6 +1454,29 @@ def test_the_readmes_tables_are_made_of_the_result_files():
     speed = json.loads((HERE / "results" / "bench" / "pocket.json").read_text())
     row = " | ".join(f"{speed['baseline'][key]:.1f} s" for key in ("rollout_s", "update_s", "whole_update_s"))
     assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in readme)
+
+
+def test_the_readmes_claims_are_in_the_result_files():
+    """The figures that the prose about missing first successes names."""
+    readme = " ".join((HERE / "README.md").read_text().split())
+
+    def games(task, variant):
+        rows = [row for folder in plot.runs(task, variant) for row in plot.metrics(folder)]
+        return sum(round(row["episodes"] * row["success"]) for row in rows), sum(row["episodes"] for row in rows)
+
+    won, played = games("points24", "no-cot")
+    assert won == 0 and f"Not one of its {played:,} training games" in readme
+    (won, played), (none, more) = games("ezpoints", "cnn"), games("points24", "cnn")
+    assert none == 0 and f"({won} of {played:,} training games of EZPoints, none of {more:,} of Points24" in readme
+    tried = HERE / "results" / "tried"
+    for folder, sentences in (
+            ("taught-points24-no-cot-seed1", {"eval_sft": "to {} % of Points24", "eval_start": "wins {} %, as often",
+                                              "eval": "does learn, to {} %"}),
+            ("taught-features-ezpoints-seed1", {"eval_start": "wins {} % and acts",
+                                                "eval": "learns EZPoints to {} %"})):
+        for file, sentence in sentences.items():
+            success = 100 * json.loads((tried / folder / f"{file}.json").read_text())["success"]
+            assert sentence.format(f"{success:.1f}") in readme
 
 
 def test_each_result_belongs_to_its_command():

@@ -1,4 +1,4 @@
-"""Teaches `--model cnn` a little EZPoints from noisy labels, as a run folder at update 0 that train.py --resume takes up.
+"""Teaches `--model cnn` a little EZPoints from noisy labels: makes a run folder that train.py --resume takes up.
 
     PYTHONPATH=. python results/tried/teach_features.py runs/warm-a && python train.py --out runs/warm-a --resume
 
@@ -22,6 +22,7 @@ STEPS, BATCH, LABEL_NOISE = 100, 128, 0.6
 folder = Path(sys.argv[1])
 settings, _ = read_settings("", ["--task", "ezpoints", "--model", "cnn", "--no-cot", "--eval-episodes", "0",
                                  "--out", str(folder)])
+folder.mkdir(parents=True)              # before the work: it fails where a run is already
 policy, base = make_policy(settings)
 writes = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
 optimizer = torch.optim.Adam(writes, lr=1e-3)
@@ -36,6 +37,5 @@ for _ in range(STEPS):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-folder.mkdir(parents=True)
 (folder / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
 Run(settings, policy, base).save(folder)
