@@ -7,7 +7,7 @@
 Differs from the published gym_cards: all chance comes from the environment's own generator, formulas are exact
 fractions, two adjacent digits never form a number, NumberLine draws its 30 deals uniformly, the dealer's hidden
 card is nowhere in `info`. Rules: section 5 and appendix B of the paper (arXiv 2405.10292).
-Does not handle: drawing (draw.py), the arithmetic of formulas (formula.py), prompts and answers (parse.py).
+Does not handle: drawing (games/draw.py), the arithmetic of formulas (games/formula.py), prompts and answers (parse.py).
 """
 
 import copy
@@ -15,9 +15,9 @@ import copy
 import gymnasium
 import numpy as np
 
-import draw
-from draw import RANKS, SUITS
-from formula import is_right, solutions
+from games import draw
+from games.draw import RANKS, SUITS
+from games.formula import is_right, solutions
 
 
 class CardGame(gymnasium.Env):
@@ -116,7 +116,8 @@ class NumberLine(CardGame):
         # Uniform over the n (n + 1) ordered pairs of different numbers: one draw, no re-rolling.
         pair = int(self.np_random.integers(self.max_position * (self.max_position + 1)))
         self.target, self.current = divmod(pair, self.max_position)
-        self.current += self.current >= self.target
+        if self.current >= self.target:                        # the positions but the target: those from it on move up
+            self.current += 1
 
     def _play(self, action):
         before = abs(self.target - self.current)

@@ -7,57 +7,40 @@
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds (train.py).
 The last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack, so look at
 `reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` first.
+Does not handle: letting a policy act (rollout.py).
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cnn import FeaturePolicy
+from checkpoint import newest_checkpoint, write_whole
 from env import GAMES
-from expert import continuation, expert_action, plan_right, planned, reads_right
-from loading import ModelError, open_model
+from games.expert import best_actions, continuations, expert_action, plan_right, planned, reads_right
+from loading import ModelError, is_small, open_model
 from lora import adapter_settings
-from parse import choose, json_closed, make_prompt
 from policy import Policy
-from settings import defaults_for
+from rollout import Choice, act
+from settings import Settings, add_flags, default_of
 
 
-def act(policy, games, pictures, infos, generator, fallback, cot=True, max_new_tokens=256, greedy=False,
-        batch=64):
-    """Let the policy answer for several games, `batch` at a time.
-
-    generator: torch.Generator for the tokens; fallback: numpy Generator for answers that name no legal action.
-    Returns (prompts, responses, choices); a choice is (index of the action, text, whether it named it, token start).
-    """
-    texts = [make_prompt(game, info, cot) for game, info in zip(games, infos)]
-    prompts = policy.encode(pictures, texts)
-    responses = []
-    for k in range(0, len(prompts), batch):
-        responses += policy.generate(prompts[k:k + batch], generator, max_new_tokens, json_closed, greedy)
-    choices = []
-    for game, response in zip(games, responses):
-        text = policy.decode(response)
-        index, named, start = choose(text, game.legal_actions(), fallback)
-        choices.append((index, text, named, policy.action_start(response, start)))
-    return prompts, responses, choices
-
-
-def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch=64):
-    """A player (games, pictures, infos) → [(action index, text, named)] that asks the policy."""
+# ---- players --------------------------------------------------------------------------------------------------------
+def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch_size=64):
+    """A player that asks the policy: a function (games, pictures, infos) → a Choice for each game."""
     generator, fallback = torch.Generator(policy.device).manual_seed(seed), np.random.default_rng(seed)
 
     def play(games, pictures, infos):
-        _, _, choices = act(policy, games, pictures, infos, generator, fallback, cot, max_new_tokens, greedy,
-                            batch)
-        return [choice[:3] for choice in choices]
+        return act(policy, games, pictures, infos, generator, fallback, cot, max_new_tokens, greedy, batch_size)[2]
 
     return play
 
@@ -70,7 +53,7 @@ def scripted_player(name, task, seed):
         raise ValueError(f"no policy {name!r}: use random, expert or always:ACTION")
 
     def play(games, pictures, infos):
-        moves = []
+        choices = []
         for game, info in zip(games, infos):
             legal = game.legal_actions()
             if kind == "random":
@@ -81,12 +64,65 @@ def scripted_player(name, task, seed):
                 index = legal.index(fixed)
             else:
                 raise ValueError(f"{fixed!r} is no legal action of {task}: {', '.join(legal)}")
-            moves.append((index, None, True))
-        return moves
+            choices.append(Choice(legal[index], index))
+        return choices
 
     return play
 
 
+# ---- playing --------------------------------------------------------------------------------------------------------
+@dataclass
+class Table:
+    """A game in play: which episode it is, and what it shows now."""
+    game: Any
+    episode: int
+    picture: np.ndarray = None
+    info: dict = None
+
+
+class Decision(NamedTuple):
+    """One step of one episode: what the game knew of its state, and what was chosen."""
+    info: dict
+    choice: Choice
+
+
+def evaluate(player, task, episodes, seed, num_envs=64, cot=True, watch=None):
+    """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (results/README.md).
+
+    num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is None);
+    watch(picture, choice, episode) is called at every step, and at an episode's last picture with the choice None.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be 1 or more, not {episodes}")
+    returns, goals, success = np.zeros((3, episodes))
+    decisions, waiting = [], iter(range(episodes))
+    tables = [Table(GAMES[task](), episode) for episode in itertools.islice(waiting, num_envs)]
+    for table in tables:
+        table.picture, table.info = table.game.reset(seed=seed + table.episode)
+    while tables:
+        choices = player(*zip(*((table.game, table.picture, table.info) for table in tables)))
+        for table, choice in zip(tables, choices):
+            decisions.append(Decision(table.info, choice))
+            if watch:
+                watch(table.picture, choice, table.episode)
+            table.picture, reward, terminated, truncated, table.info = table.game.step(choice.index)
+            returns[table.episode] += reward
+            if terminated or truncated:
+                success[table.episode], goals[table.episode] = table.info["is_success"], reward > 0
+                if watch:
+                    watch(table.picture, None, table.episode)
+                table.episode = next(waiting, None)
+                if table.episode is not None:
+                    table.picture, table.info = table.game.reset(seed=seed + table.episode)
+        tables = [table for table in tables if table.episode is not None]
+    low, high = wilson(success.sum(), episodes)
+    result = {"task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
+              "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
+              "return_mean": returns.mean().item(), "goal_rate": goals.mean().item()}
+    return result | decision_statistics(task, decisions, cot)
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
 def wilson(successes, trials, z=1.96):
     """The 95 % Wilson score interval of a share.
 
@@ -100,89 +136,62 @@ def wilson(successes, trials, z=1.96):
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def evaluate(player, task, episodes, seed, envs=64, cot=True, watch=None):
-    """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (see README, "Evaluation").
+def rate(truths):
+    """The share of a list that is true, None of an empty one."""
+    truths = list(truths)
+    return float(np.mean(truths)) if truths else None
 
-    envs games run side by side; cot=False: there are no thoughts to check (reading_rate is None);
-    watch(picture, text, action, episode) is called at every step, and at an episode's last picture with text and
-    action None.
-    """
-    if episodes < 1:
-        raise ValueError(f"episodes must be 1 or more, not {episodes}")
-    games = [GAMES[task]() for _ in range(min(envs, episodes))]
-    episode_of = list(range(len(games)))                           # which episode each game plays
-    states = [game.reset(seed=seed + number) for game, number in zip(games, episode_of)]
-    returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
-    named, agreed, read, plans, followed, hits = [], [], [], [], [], {}
-    next_episode = len(games)
-    while games:
-        moves = player(games, [picture for picture, _ in states], [info for _, info in states])
-        playing_on = []
-        for i, (game, number, (picture, info), (index, text, by_name)) in enumerate(
-                zip(games, episode_of, states, moves)):
-            action = game.legal_actions()[index]
-            agreed.append(action == expert_action(task, info))
-            if text is not None:
-                named.append(by_name)
-                if cot:
-                    read.append(reads_right(task, text, info))
-                if cot and "formula" in info:
-                    followed.append(planned(text)[:1] == [action])
-                    if continuation(task, info):
-                        plans.append(plan_right(planned(text), info))
-            if task == "blackjack":
-                hits.setdefault(info["total"], []).append(action == "hit")
-            if watch:
-                watch(picture, text, action, number)
-            picture, reward, terminated, truncated, info = game.step(index)
-            returns[number] += reward
-            if terminated or truncated:
-                success[number], goals[number] = info["is_success"], reward > 0
-                if watch:
-                    watch(picture, None, None, number)
-                if next_episode == episodes:
-                    continue
-                episode_of[i], next_episode = next_episode, next_episode + 1
-                picture, info = game.reset(seed=seed + episode_of[i])
-            states[i] = picture, info
-            playing_on.append(i)
-        games, episode_of, states = ([part[i] for i in playing_on] for part in (games, episode_of, states))
-    low, high = wilson(success.sum(), episodes)
-    result = {"task": task, "episodes": episodes, "seed": seed, "steps": len(agreed),
-              "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
-              "return_mean": returns.mean().item(), "goal_rate": goals.mean().item(),
-              "parse_rate": float(np.mean(named)) if named else None,
-              "expert_agreement": float(np.mean(agreed)),
-              "reading_rate": float(np.mean(read)) if read else None}
-    if followed:
-        result["plan_rate"] = float(np.mean(plans)) if plans else None      # of the answers that could still be right
-        result["plan_followed"] = float(np.mean(followed))
+
+def decision_statistics(task, decisions, cot):
+    """Shares of the decisions that named a legal action, that are the expert's too, whose thoughts are right."""
+    answered = [decision for decision in decisions if decision.choice.text is not None]
+    thinking = answered if cot else []
+    found = {
+        "parse_rate": rate(choice.named for _, choice in answered),
+        "expert_agreement": rate(choice.action in best_actions(task, info) for info, choice in decisions),
+        "reading_rate": rate(reads_right(task, choice.text, info) for info, choice in thinking)}
+    if thinking and "formula" in decisions[0].info:
+        found |= plan_statistics(task, thinking)
     if task == "blackjack":
-        def rate(totals):
-            taken = [hit for total in totals for hit in hits.get(total, [])]
-            return float(np.mean(taken)) if taken else None
-
-        result["hit_rate_by_total"] = {str(total): rate([total]) for total in sorted(hits)}
-        result["decisions_by_total"] = {str(total): len(hits[total]) for total in sorted(hits)}
-        result["hit_rate_to_11"], result["hit_rate_12_to_16"], result["hit_rate_from_17"] = (
-            rate(range(4, 12)), rate(range(12, 17)), rate(range(17, 22)))
-    return result
+        found |= blackjack_statistics(decisions)
+    return found
 
 
-# ---- an episode as a moving picture ------------------------------------------------------------------------------
+def plan_statistics(task, decisions):
+    """Formula games: how often the plan in the thoughts is right while one could be, and the action its first symbol."""
+    return {"plan_rate": rate(plan_right(planned(choice.text), info)
+                              for info, choice in decisions if continuations(task, info)),
+            "plan_followed": rate(planned(choice.text)[:1] == [choice.action] for _, choice in decisions)}
+
+
+def blackjack_statistics(decisions):
+    """How often it hits: on each total, and on the totals that cannot bust, that are close, that should stand."""
+    hits = {}
+    for info, choice in decisions:
+        hits.setdefault(info["total"], []).append(choice.action == "hit")
+    bands = {"hit_rate_to_11": range(4, 12), "hit_rate_12_to_16": range(12, 17), "hit_rate_from_17": range(17, 22)}
+    return {"hit_rate_by_total": {str(total): rate(hits[total]) for total in sorted(hits)},
+            "decisions_by_total": {str(total): len(hits[total]) for total in sorted(hits)},
+            **{name: rate(hit for total in band for hit in hits.get(total, [])) for name, band in bands.items()}}
+
+
+# ---- an episode as a moving picture ---------------------------------------------------------------------------------
 class Film:
     """Collects one episode's pictures with the thoughts and the action beside them; save() writes a GIF or a PNG."""
 
     def __init__(self):
         self.frames = []
 
-    def __call__(self, picture, text, action, episode):
+    def __call__(self, picture, choice, episode):
         if episode != 0:
             return
         frame = Image.new("RGB", (760, 300), (250, 250, 246))
         frame.paste(Image.fromarray(picture), (0, 0))
         pen, font = ImageDraw.Draw(frame), ImageFont.load_default(17)
-        lines = textwrap.wrap(text or ("" if action else "The end."), 50) + ([f"plays: {action}"] if action else [])
+        lines = ["The end."]
+        if choice:
+            drawn = "" if choice.named else " (the answer names no legal action: drawn at random)"
+            lines = textwrap.wrap(choice.text or "", 50) + textwrap.wrap(f"plays: {choice.action}{drawn}", 50)
         pen.multiline_text((318, 20), "\n".join(lines), fill=(30, 30, 36), font=font, spacing=7)
         self.frames.append(frame)
 
@@ -198,36 +207,29 @@ class Film:
         strip.save(path)
 
 
-def checkpoints(run):
-    """The complete checkpoint folders of a run, oldest first. They appear by renaming: the newest is whole."""
-    return sorted(Path(run).glob("checkpoint-" + 6 * "[0-9]"))
-
-
+# ---- the command line -----------------------------------------------------------------------------------------------
 def open_run(run):
     """Return (policy of a run's last checkpoint, the run's settings as a dict)."""
-    if not checkpoints(run):
-        raise ModelError(f"{run} holds no checkpoint: is it the folder that train.py wrote (--out)?")
-    last = checkpoints(run)[-1]
+    last = newest_checkpoint(run)
     settings = json.loads((Path(run) / "config.json").read_text())
-    if settings["model"] == "cnn":
-        policy = FeaturePolicy(GAMES[settings["task"]]().legal_actions())
-        policy.load(last)
-        return policy, settings
-    loaded = open_model(settings["model"], settings["bits"])
-    policy = Policy(loaded.model, loaded.processor, **adapter_settings(last), temperature=settings["temperature"])
-    policy.load(last, value=False)                          # nothing here asks for V
+    if not (last / "adapter_config.json").exists():
+        raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
+    policy, _ = open_policy(str(last), settings["bits"], settings["temperature"])
     return policy, settings
 
 
-def open_start(model, bits="auto", temperature=None):
-    """Return (policy before RL, the model's name): a model as it is, with sft.py's adapters where it has some."""
+def open_policy(model="auto", bits="auto", temperature=None):
+    """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
+
+    policy, _ = open_policy("pocket") is all that an interactive prompt needs.
+    """
     loaded = open_model(model, bits)
-    lora = adapter_settings(loaded.adapters) if loaded.adapters else {"parts": ()}
+    lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
     if temperature is None:
-        temperature = defaults_for(loaded.model.config)["temperature"]
+        temperature = default_of(Settings, "temperature", is_small(loaded.model.config))
     policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
     if loaded.adapters:
-        policy.load(loaded.adapters, value=False)
+        policy.load_adapters(loaded.adapters)               # without the value head: nothing here asks for values
     return policy, loaded.name
 
 
@@ -239,53 +241,61 @@ def make_parser():
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
     who.add_argument("--policy", help="random, expert or always:ACTION")
     parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=10_000, help="episode k is dealt by seed + k")
-    parser.add_argument("--envs", type=int, default=64, help="games side by side")
-    parser.add_argument("--play-batch", type=int, help="answers generated at once [the run's; 64 pocket, 16 else]")
-    parser.add_argument("--bits", default="auto", choices=["auto", "4", "16", "32"])
-    parser.add_argument("--no-cot", action="store_true", help="ask for the action alone (a run brings its own setting)")
-    parser.add_argument("--temperature", type=float, help="of --model [0.5 pocket, 0.2 else; a run brings its own]")
+    parser.add_argument("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer [the run's own, or 256]")
     parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode, as a GIF or a PNG")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
+    settings = parser.add_argument_group("settings (a run brings its own: --bits, --cot, --temperature are for --model)")
+    add_flags(settings, Settings, ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature"))
     return parser
+
+
+def make_player(options, given):
+    """Return (player, its name, whether it thinks aloud) for a command line; given: the settings that were chosen."""
+    if options.policy:
+        return scripted_player(options.policy, options.task, options.seed), options.policy, True
+    if options.run:
+        policy, settings = open_run(options.run)
+        name, settings = settings["out"], settings | given
+        if settings["task"] != options.task:
+            print(f"note: {name} was trained on {settings['task']}")
+    else:
+        policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"))
+        size = default_of(Settings, "play_batch_size", is_small(policy.model.config))
+        settings = {"cot": True, "max_new_tokens": Settings.max_new_tokens, "play_batch_size": size} | given
+    return model_player(policy, options.seed, settings["cot"], settings["max_new_tokens"], options.greedy,
+                        settings["play_batch_size"]), name, settings["cot"]
+
+
+def check_options(options, given):
+    """ValueError, in words, for what makes no sense; the folders of what is to be written are made."""
+    for name, value in {"episodes": options.episodes, **given}.items():
+        if name in ("episodes", "num_envs", "max_new_tokens", "play_batch_size") and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+    if options.seed < 0:
+        raise ValueError("--seed must not be negative")
+    if not options.model and {"temperature", "cot", "bits"} & set(given):
+        raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
+    if options.render and not options.render.endswith((".gif", ".png")):
+        raise ValueError(f"--render writes a GIF or a PNG: call it {Path(options.render).stem}.gif")
+    for file in filter(None, (options.out, options.render)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
+    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__
+             and name not in ("task", "model", "seed", "out")}
+    film = Film() if options.render else None
     try:
-        cot = not options.no_cot
-        for name in ("episodes", "envs", "max_new_tokens", "play_batch"):
-            if getattr(options, name) is not None and getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        if options.seed < 0:
-            raise ValueError("--seed must not be negative")
-        if not options.model and (options.temperature is not None or options.no_cot or options.bits != "auto"):
-            raise ValueError("--temperature, --no-cot and --bits are for --model: a run has its own, a policy none")
-        if options.render and not options.render.endswith((".gif", ".png")):
-            raise ValueError(f"--render writes a GIF or a PNG: call it {Path(options.render).stem}.gif")
-        for file in filter(None, (options.out, options.render)):
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-        if options.policy:
-            player, name = scripted_player(options.policy, options.task, options.seed), options.policy
-        else:
-            if options.run:
-                policy, settings = open_run(options.run)
-                cot, name, longest, batch = (settings[key] for key in ("cot", "out", "max_new_tokens", "play_batch"))
-                if settings["task"] != options.task:
-                    print(f"note: {name} was trained on {settings['task']}")
-            else:
-                policy, name = open_start(options.model, options.bits, options.temperature)
-                longest, batch = 256, defaults_for(policy.model.config)["play_batch"]
-            player = model_player(policy, options.seed, cot, options.max_new_tokens or longest, options.greedy,
-                                  options.play_batch or batch)
-        film = Film() if options.render else None
-        result = evaluate(player, options.task, options.episodes, options.seed, options.envs, cot, film)
+        check_options(options, given)
+        player, name, cot = make_player(options, given)
+        result = evaluate(player, options.task, options.episodes, options.seed,
+                          given.get("num_envs", Settings.num_envs), cot, film)
     except (ModelError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit("eval.py: out of GPU memory: lower --play-batch (answers generated at once), or use --bits 4")
+        sys.exit("eval.py: out of GPU memory: lower --play-batch-size (answers generated at once), or use --bits 4")
     result = {"policy": name, **result}
     for key, value in result.items():
         if not isinstance(value, dict):
@@ -293,7 +303,7 @@ def main(arguments=None):
     if film:
         film.save(options.render)
     if options.out:
-        Path(options.out).write_text(json.dumps(result) + "\n")
+        write_whole(options.out, json.dumps(result) + "\n")
     print(json.dumps(result))
 
 

@@ -76,6 +76,7 @@ class Loaded:
     bits: str               # "4", "16" or "32", "auto" resolved
     base: str               # the model's without adapters: what adapters of it are made for
     adapters: str = None    # the folder of adapters to go on with, where name is one
+    why: str = ""           # what to tell the user of it
 
 
 def open_model(model="auto", bits="auto"):
@@ -85,22 +86,20 @@ def open_model(model="auto", bits="auto"):
     model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
     bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
     """
-    if str(model) == "cnn":
-        raise ModelError("cnn has no language model: train.py makes it, eval.py --run plays with what it made")
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    name, adapters = str(model), None
+    name = why = str(model)
     if model == "auto":
         large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
-        name = LLAVA_7B if large else "pocket"
-        print(f"model: {name} ({'a GPU with 20 GB or more is' if large else 'no GPU with 20 GB is'} here; choose "
-              f"another with --model {'pocket' if large else LLAVA_7B})")
-    source = name
+        name, other = (LLAVA_7B, "pocket") if large else ("pocket", LLAVA_7B)
+        why = f"{name} ({'a' if large else 'no'} GPU with 20 GB is here; or --model {other})"
+    source, adapters = name, None
     if (Path(name) / "adapter_config.json").exists():
-        adapters, source = name, base_name(name)
+        source, adapters = base_name(name), name
+        why = f"{source} with the adapters in {adapters}"
     folder = str(POCKET) if source == "pocket" else source
     if bits == "auto":
         bits = 4 if device != "cpu" and not is_small(_config(folder)) else 32
-    return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters)
+    return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters, why)
 
 
 def is_small(config):

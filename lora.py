@@ -1,6 +1,6 @@
 """LoRA by hand: frozen linear layers with a small learned correction, kept in PEFT's own file format.
 
-    layers = add_lora(model, rank=32, alpha=64, parts=("vision", "language"), generator=torch.Generator())
+    layers = add_lora(model, rank=32, alpha=64, target_modules=("vision", "language"), generator=torch.Generator())
     save_adapters(layers, "adapters", base_name="pocket", rank=32, alpha=64)       # the peft library reads this folder
 
 Works on nn.Linear and on bitsandbytes' Linear4bit (a subclass) alike: only the layer's output is corrected.
@@ -41,14 +41,14 @@ PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projec
          "language": "model.language_model."}
 
 
-def add_lora(model, rank, alpha, parts, generator):
-    """Replace every linear layer of the named parts (keys of PARTS) by its LoRALinear; freeze all else.
+def add_lora(model, rank, alpha, target_modules, generator):
+    """Replace every linear layer of the parts in target_modules (keys of PARTS) by its LoRALinear; freeze all else.
 
     Returns {module path: LoRALinear}, in the model's order. The output head is in no part: it stays as it is.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    prefixes = tuple(PARTS[part] for part in parts)
+    prefixes = tuple(PARTS[part] for part in target_modules)
     layers = {}
     for path, module in list(model.named_modules()):
         if path.startswith(prefixes) and isinstance(module, nn.Linear):
@@ -99,8 +99,8 @@ def base_name(folder):
 
 
 def adapter_settings(folder):
-    """The Policy arguments (rank, alpha, parts) that fit a folder of adapters."""
+    """The Policy arguments (rank, alpha, target_modules) that fit a folder of adapters."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     paths = config["target_modules"]
     parts = tuple(part for part, prefix in PARTS.items() if any(path.startswith(prefix) for path in paths))
-    return {"rank": config["r"], "alpha": config["lora_alpha"], "parts": parts}
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": parts}

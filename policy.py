@@ -6,8 +6,8 @@
     responses = policy.generate(prompts, generator)         # the very token ids that were sampled
     logp, mask, value = policy.logprobs(prompts, responses) # (B, T), (B, T), (B,)
 
-Alphabet of shapes: B samples, I image tokens, P prompt tokens (image tokens among them), T response tokens,
-D hidden size, W words (tokens) of the vocabulary. V is the value function.
+Alphabet of shapes, in all files: B samples, I image tokens, P prompt tokens (image tokens among them), T response
+tokens, D hidden size, V vocabulary, N games, L steps of each, S = L × N samples of a rollout.
 
 Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
 goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
@@ -16,7 +16,7 @@ rollout and update see the same network. Does not handle: loading the model (loa
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,78 +32,134 @@ from loading import ModelError
 from lora import PARTS, add_lora, load_adapters, save_adapters
 
 
+# ---- the value head -------------------------------------------------------------------------------------------------
+class ValueHead(nn.Module):
+    """The paper's MLP, D → 1024 → 512 → 1 with ReLU, in fp32 and seeded; on standardised inputs, which is ours.
+
+    A language model's last hidden states are nearly the same vector in every state of a game (the pocket model's vary
+    by a fifteenth of their size): an MLP on them learns the mean return and little else, and a baseline that does not
+    know the state calls the best play of a hard state bad. subtle: it reads the hidden states and sends no gradient
+    into them (as VL-DAC, arXiv 2508.04280): its errors, large at first, would move the adapters that write the answers.
+    """
+
+    def __init__(self, size: int, generator: torch.Generator):
+        super().__init__()
+        layers = []
+        for wide, narrow in ((size, 1024), (1024, 512), (512, 1)):
+            linear = nn.utils.skip_init(nn.Linear, wide, narrow)                  # no draw from the global generator
+            bound = 1 / math.sqrt(wide)
+            with torch.no_grad():
+                linear.weight.uniform_(-bound, bound, generator=generator)
+                linear.bias.zero_()
+            layers += [linear, nn.ReLU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def fit(self, hidden):
+        """Take mean and spread of each input from the hidden states (S, D) of the first rollout; fixed from then on."""
+        self.mean.copy_(hidden.mean(0))
+        self.std.copy_(hidden.std(0).clamp(min=1e-6))
+        self.fitted.fill_(True)
+
+    def standardised(self, hidden):
+        return (hidden.detach().float() - self.mean) / self.std
+
+    def forward(self, hidden):
+        """(B, D) in any type → (B,) fp32."""
+        return self.mlp(self.standardised(hidden)).squeeze(-1).float()
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+def base_view(pictures, processor, side):
+    """(B, 3, side, side) fp32: LLaVA-NeXT's base view, the whole picture at the vision tower's size, normalised."""
+    settings = processor.image_processor
+    small = [np.asarray(Image.fromarray(picture).resize((side, side), settings.resample)) for picture in pictures]
+    pixels = torch.from_numpy(np.stack(small)).float() * settings.rescale_factor
+    mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
+    return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def look(model, pixels):
+    """(B, I, D): what the language model gets of the base views (B, 3, H, W), by vision tower and projector."""
+    hidden = model.model.vision_tower(pixels.to(model.device, model.dtype), output_hidden_states=True).hidden_states
+    return model.model.multi_modal_projector(hidden[model.config.vision_feature_layer][:, 1:])     # without CLS
+
+
 @dataclass
 class Prompt:
-    """One state as the model gets it: stored when it is sampled from, scored as stored."""
+    """What the model gets in one state of a game: stored when it is answered, scored as stored."""
     pixels: torch.Tensor            # (3, H, W) fp32, normalised, on the CPU
     ids: list                       # P token ids, I image tokens among them
     features: torch.Tensor = None   # (I, D) on the CPU, kept where vision tower and projector are frozen
 
 
+# ---- the policy -----------------------------------------------------------------------------------------------------
 class Policy(nn.Module):
     """See the file's header.
 
-    parts: what gets adapters of rank r and α = 2 r while all else is frozen; () is no adapters, all weights learn.
-    temperature divides the logits in sampling and in scoring alike.
+    target_modules: the parts (keys of lora.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
+    () is no adapters, all weights learn. temperature divides the logits in sampling and in scoring alike.
+    base_name: what saved adapters name as the model that they were made for.
     """
 
-    def __init__(self, model, processor, rank=32, alpha=None, parts=tuple(PARTS), temperature=1.0, seed=0,
-                 gradient_checkpointing=False):
+    def __init__(self, model, processor, rank=32, alpha=None, target_modules=tuple(PARTS), temperature=1.0, seed=0,
+                 gradient_checkpointing=False, base_name="pocket"):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.temperature, self.rank, self.alpha = temperature, rank, alpha or 2 * rank
+        self.temperature, self.rank, self.alpha, self.base_name = temperature, rank, alpha or 2 * rank, base_name
         generator = torch.Generator().manual_seed(seed)
-        self.lora = add_lora(model, rank, self.alpha, parts, generator) if parts else {}
-        self.sees_alike = bool(parts) and not {"vision", "projector"} & set(parts)     # image features never change
-        hidden = model.config.text_config.hidden_size
-        self.value_head = ValueHead(hidden, generator).to(model.device)
-        self.checkpointing = gradient_checkpointing
+        self.lora = add_lora(model, rank, self.alpha, target_modules, generator) if target_modules else {}
+        self.vision_frozen = bool(target_modules) and not {"vision", "projector"} & set(target_modules)
+        self.value_head = ValueHead(model.config.text_config.hidden_size, generator).to(model.device)
+        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        self._no_dropout()
+        self._disable_dropout()
 
+        vision = model.config.vision_config
+        self.side = vision.image_size
+        self.image_tokens = (vision.image_size // vision.patch_size) ** 2                    # I: the base view's
         self.image_token = model.config.image_token_id
-        grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        self.image_tokens = grid * grid                                           # I: the base view, no CLS
         self.image_text = self.tokenizer.convert_ids_to_tokens(self.image_token)
         # Never sampled, and out of the scored distribution too: ids that would break or blur the next scoring pass.
         size = model.get_output_embeddings().weight.shape[0]
-        forbidden = torch.arange(size) >= len(self.tokenizer)
+        suppress_tokens = torch.arange(size) >= len(self.tokenizer)
         for token in (self.image_token, self.tokenizer.pad_token_id, self.tokenizer.bos_token_id):
             if token is not None and token != self.tokenizer.eos_token_id:
-                forbidden[token] = True
-        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)    # (W,)
+                suppress_tokens[token] = True
+        self.register_buffer("suppress_tokens", suppress_tokens.to(model.device), persistent=False)        # (V,) bool
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
 
-    def _no_dropout(self):
-        """Old and new log-probabilities need the same network: no dropout, in train mode (checkpointing) either."""
+    def _disable_dropout(self):
+        """Old and new log-probabilities need the same network, in train mode too."""
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-        self._train_mode(False)
 
-    def _train_mode(self, on):
-        """Train mode is only for gradient checkpointing, which transformers does in no other."""
-        self.model.train(on)
+    def _set_mode(self, train):
+        """Without dropout train mode changes one thing: transformers checkpoints there, and keeps no cache."""
+        self.model.train(train)
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":       # by name: bitsandbytes is not imported without need
                 module.train()      # subtle: its eval mode takes a CPU kernel that passes no gradient on
 
     @property
     def device(self):
-        return self.forbidden.device
+        return self.suppress_tokens.device
 
     def trainable(self):
         """[(name, parameter)] that learn, in a fixed order: the adapters (without any: all weights), the value head."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     # -- in: pictures and texts to tensors
-    def encode(self, pictures, texts):
+    def encode(self, pictures, texts: list[str]) -> list[Prompt]:
         """Return a Prompt for each picture (H, W, 3) uint8 and user text, in the model's own chat template."""
         chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
         rendered = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
@@ -115,25 +171,12 @@ class Policy(nn.Module):
         bos = self.tokenizer.bos_token
         add_bos = not (bos and rendered[0].startswith(bos))                       # some templates bring their own
         ids = self.tokenizer(rendered, add_special_tokens=add_bos)["input_ids"]
-        return [Prompt(pixels, list(row)) for pixels, row in zip(self._pixels(pictures), ids)]
+        return [Prompt(pixels, list(row)) for pixels, row in zip(base_view(pictures, self.processor, self.side), ids)]
 
-    def encode_answers(self, texts):
+    def encode_answers(self, texts: list[str]) -> list[list[int]]:
         """Token ids of written answers, EOS at the end: the responses of supervised learning."""
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [list(row) + [self.tokenizer.eos_token_id] for row in ids]
-
-    def _pixels(self, pictures):
-        """(B, 3, H, W) fp32: LLaVA-NeXT's base view, the whole picture at the vision tower's size."""
-        settings, side = self.processor.image_processor, self.model.config.vision_config.image_size
-
-        def shrink(picture):
-            return np.asarray(Image.fromarray(picture).resize((side, side), settings.resample))
-
-        with ThreadPoolExecutor() as pool:                      # Pillow lets go of Python's lock while it resizes
-            small = list(pool.map(shrink, pictures))
-        mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
-        pixels = torch.from_numpy(np.stack(small)).float() * settings.rescale_factor
-        return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     def _collate(self, prompts, responses=None):
         """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (B, P+T), P and T.
@@ -153,22 +196,17 @@ class Policy(nn.Module):
 
     # -- through: the model's body
     def image_features(self, prompts):
-        """(B, I, D): the vision tower and the projector on the base views; once a prompt where neither learns."""
-        if self.sees_alike:
-            new = [p for p in prompts if p.features is None]
-            for prompt, features in zip(new, self._see(new).cpu() if new else ()):
+        """(B, I, D): of the prompts' pictures; looked at once where vision tower and projector are frozen."""
+        if not self.vision_frozen:
+            return look(self.model, torch.stack([prompt.pixels for prompt in prompts]))
+        if new := [prompt for prompt in prompts if prompt.features is None]:
+            for prompt, features in zip(new, look(self.model, torch.stack([prompt.pixels for prompt in new])).cpu()):
                 prompt.features = features
-            return torch.stack([p.features for p in prompts]).to(self.device)
-        return self._see(prompts)
-
-    def _see(self, prompts):
-        config = self.model.config
-        pixels = torch.stack([p.pixels for p in prompts]).to(self.device, self.model.dtype)
-        states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return self.model.model.multi_modal_projector(states[config.vision_feature_layer][:, 1:])  # without CLS
+        return torch.stack([prompt.features for prompt in prompts]).to(self.device)
 
     def _body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
         """transformers' own LLaVA-NeXT up to the last hidden states (B, length, D), plus its cache."""
+        # Features and not pixel_values: given pixels, LLaVA-NeXT would cut tiles beside the base view.
         images = None
         if features is not None:
             images = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
@@ -176,22 +214,21 @@ class Policy(nn.Module):
                                 mm_encoder_outputs=images, use_cache=use_cache)
 
     def _log_softmax(self, hidden):
-        """(…, D) → (…, W) fp32: the one distribution that is sampled from and scored."""
+        """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
         # subtle: in fp32 from the head on: a bf16 logit of 20 is off by up to 0.06, at temperature 0.2 by 0.3 nats
         logits = F.linear(hidden.float(), self.model.get_output_embeddings().weight.float()) / self.temperature
-        return logits.masked_fill(self.forbidden, -torch.inf).log_softmax(-1)
+        return logits.masked_fill(self.suppress_tokens, -torch.inf).log_softmax(-1)
 
-    def logprobs(self, prompts, responses):
+    def logprobs(self, prompts: list[Prompt], responses: list[list[int]]):
         """Score responses: the single function for old, new and supervised answers.
 
         Returns logp (B, T) fp32, the log-probability of each response token given all before it, 0 where padded;
-        mask (B, T) float, 1 on response tokens; value (B,) fp32, V of the state, read at the last prompt token
-        (before any response token, so it cannot see what was answered).
+        mask (B, T) float, 1 on response tokens; value (B,) fp32, read at the last prompt token (before any response
+        token, so it cannot see what was answered).
         """
         ids, mask, positions, P, T = self._collate(prompts, responses)
-        self._train_mode(self.checkpointing and torch.is_grad_enabled())
+        self._set_mode(train=self.gradient_checkpointing and torch.is_grad_enabled())
         hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
-        self._train_mode(False)
         value = self.value_head(hidden[:, P - 1])                                 # (B,)
         logp = self._log_softmax(hidden[:, P - 1:P + T - 1])                      # position t-1 predicts token t
         logp = logp.gather(-1, ids[:, P:, None]).squeeze(-1)                      # (B, T)
@@ -199,52 +236,56 @@ class Policy(nn.Module):
         return torch.where(mask > 0, logp, 0.0), mask, value
 
     @torch.no_grad()
-    def states(self, prompts):
-        """What V reads: the hidden states (B, D) at the last prompt tokens, without any response."""
+    def prompt_hidden(self, prompts):
+        """What the value head reads: the hidden states (B, D) at the last prompt tokens, without any response."""
         ids, mask, positions, P, _ = self._collate(prompts)
+        self._set_mode(train=False)
         return self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state[:, P - 1]
 
+    @torch.no_grad()
     def value(self, prompts):
-        """V of the states (B,) fp32, without any response."""
-        with torch.no_grad():
-            return self.value_head(self.states(prompts))
+        """V(o, v_in) of the prompts, (B,) fp32, without any response."""
+        return self.value_head(self.prompt_hidden(prompts))
 
     @torch.no_grad()
-    def generate(self, prompts, generator, max_new_tokens=256, finished=None, greedy=False):
-        """Sample an answer for each prompt; return the sampled ids, a list of lists, EOS included where it was drawn.
+    def generate(self, prompts: list[Prompt], generator: torch.Generator, max_new_tokens=256,
+                 stopping_criterion: Callable[[str], bool] = None, greedy=False) -> list[list[int]]:
+        """Sample an answer for each prompt; return the sampled ids, EOS included where it was drawn.
 
-        generator: torch.Generator on the policy's device. finished: a function of the text so far that ends an answer
+        generator: on the policy's device. stopping_criterion: a function of the text so far that ends an answer
         (parse.json_closed). greedy=True takes the likeliest token instead of a draw.
         """
         ids, mask, positions, _, _ = self._collate(prompts)
+        self._set_mode(train=False)
         output = self._body(ids, mask, positions, self.image_features(prompts), use_cache=True)
         position = positions[:, -1:]
         responses = [[] for _ in prompts]
-        going = set(range(len(prompts)))
+        unfinished = set(range(len(prompts)))
         for _ in range(max_new_tokens):
-            logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, W)
+            logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, V)
             if greedy:
                 drawn = logp.argmax(-1, keepdim=True)
             else:
                 drawn = torch.multinomial(logp.exp(), 1, generator=generator)     # (B, 1)
             for row, token in enumerate(drawn[:, 0].tolist()):
-                if row not in going:
+                if row not in unfinished:
                     continue
                 responses[row].append(token)
-                closed = finished is not None and token in self.may_close and finished(self.decode(responses[row]))
+                closed = stopping_criterion and token in self.may_close and stopping_criterion(
+                    self.decode(responses[row]))
                 if closed or token == self.tokenizer.eos_token_id:
-                    going.discard(row)
-            if not going:
+                    unfinished.discard(row)
+            if not unfinished:
                 break
             mask, position = F.pad(mask, (0, 1), value=1), position + 1
             output = self._body(drawn, mask, position, cache=output.past_key_values, use_cache=True)
         return responses
 
-    def decode(self, response):
+    def decode(self, response: list[int]) -> str:
         """Text of a response, without special tokens, not tidied up."""
         return self.tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def action_start(self, response, start):
+    def action_start(self, response: list[int], start: int) -> int:
         """The index of the first token that reaches beyond character `start` of the decoded response.
 
         Found by halving on decoded prefixes, so it holds for any tokenizer: ids of `"action"` differ by tokenizer and
@@ -262,62 +303,24 @@ class Policy(nn.Module):
         return low
 
     # -- to disk and back
-    def save(self, folder, base_name):
+    def save(self, folder):
         """Write the adapters in PEFT's file format, the value head beside them (value_head.safetensors)."""
-        save_adapters(self.lora, folder, base_name, self.rank, self.alpha)
+        save_adapters(self.lora, folder, self.base_name, self.rank, self.alpha)
         head = {name: tensor.cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
         save_file(head, Path(folder) / "value_head.safetensors")
 
-    def load(self, folder, value=True):
-        """Read what save wrote, or PEFT on every linear layer of the same parts.
-
-        value: the value head too, where there is one; not for a new start, where it would be fitted to other returns.
-        """
+    def load_adapters(self, folder):
+        """Read adapters that save wrote, or PEFT on every linear layer of the same parts; the value head stays."""
         try:
             load_adapters(self.lora, folder)
         except ValueError as error:
             raise ModelError(str(error)) from error
+
+    def load(self, folder):
+        """Read all that save wrote."""
+        self.load_adapters(folder)
         head = Path(folder) / "value_head.safetensors"
-        if value and head.exists():
-            try:
-                self.value_head.load_state_dict(load_file(head))
-            except RuntimeError as error:
-                raise ModelError(f"{head} is not a value head of this version and model: {error}") from error
-
-
-class ValueHead(nn.Module):
-    """V: the paper's MLP, hidden → 1024 → 512 → 1 with ReLU, in fp32 and seeded; on standardised inputs, which is ours.
-
-    A language model's last hidden states are nearly the same vector in every state (the pocket model's vary by a
-    fifteenth of their size): an MLP on them learns the mean return and little else, and a baseline that does not know
-    the state calls the best play of a hard state bad. subtle: V reads the hidden states and sends no gradient into
-    them (as VL-DAC, arXiv 2508.04280): its errors, large at first, would move the adapters that write the answers.
-    """
-
-    def __init__(self, hidden, generator):
-        super().__init__()
-        layers = []
-        for wide, narrow in ((hidden, 1024), (1024, 512), (512, 1)):
-            linear = nn.utils.skip_init(nn.Linear, wide, narrow)                  # no draw from the global generator
-            bound = 1 / math.sqrt(wide)
-            with torch.no_grad():
-                linear.weight.uniform_(-bound, bound, generator=generator)
-                linear.bias.zero_()
-            layers += [linear, nn.ReLU()]
-        self.mlp = nn.Sequential(*layers[:-1])
-        self.register_buffer("mean", torch.zeros(hidden))
-        self.register_buffer("std", torch.ones(hidden))
-        self.register_buffer("fitted", torch.tensor(False))
-
-    def fit(self, hidden):
-        """Take mean and spread of each input from the hidden states (S, D) of the first rollout; fixed from then on."""
-        self.mean.copy_(hidden.mean(0))
-        self.std.copy_(hidden.std(0).clamp(min=1e-6))
-        self.fitted.fill_(True)
-
-    def standardised(self, hidden):
-        return (hidden.detach().float() - self.mean) / self.std
-
-    def forward(self, hidden):
-        """(B, D) in any type → (B,) fp32."""
-        return self.mlp(self.standardised(hidden)).squeeze(-1).float()
+        try:
+            self.value_head.load_state_dict(load_file(head))
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{head} is not a value head of this version and model: {error}") from error

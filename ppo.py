@@ -5,41 +5,14 @@
 Differs from the textbook: the ratio belongs to the answer, not to a token; the thoughts' share of it is weighted with
 λ (`cot_lambda`, not to be mixed up with `gae_lambda`). Differs from the published code: truncation bootstraps, each
 value belongs to its own observation and prompt, answers are scored under the prompt that they were sampled under.
-Does not handle: playing (train.py), scoring tokens (policy.py), several optimisers, recurrent policies.
+Does not handle: playing (rollout.py), scoring tokens (policy.py), several optimisers, recurrent policies.
 """
 
-from dataclasses import dataclass, field
+import itertools
 
 import torch
 
-import parallel
-
-
-@dataclass
-class PPOSettings:
-    gamma: float = 0.9              # discount; the paper's
-    gae_lambda: float = 0.95        # the paper's
-    cot_lambda: float = 0.5         # weight of the thoughts' log-probability; the paper's for the card games
-    ratio: str = "answer"           # what has a ratio of its own: the λ-weighted "answer", or every "token"
-    clip: float = 0.1               # ε of the policy's ratio; the paper's
-    epochs: int = 4                 # passes over a rollout; the paper's
-    minibatch: int = 128            # answers per optimiser step; the paper's
-    micro_batch: int = None         # answers per forward pass: memory only, the gradients are the minibatch's
-    target_kl: float = None         # beyond this approximate KL of a minibatch only V learns on; 0: no such limit
-    advantage_floor: float = None   # advantages are divided by their standard deviation, but by no less than this
-    max_grad_norm: float = 1.0      # the policy's gradients, and V's, are each scaled down to this norm; ours
-
-
-@dataclass
-class Rollout:
-    """S = steps × games samples, in the order of play (all games' first step, all games' second, …)."""
-    prompts: list = field(default_factory=list)         # S policy.Prompt: what was put in
-    responses: list = field(default_factory=list)       # S lists of token ids: what was sampled
-    action_starts: list = field(default_factory=list)   # S token indices: where the action part begins
-    old_logp: torch.Tensor = None       # (S, U) of the policy that sampled; U ratios an answer, see ratio_units
-    old_values: torch.Tensor = None     # (S,)
-    advantages: torch.Tensor = None     # (S,) not normalised
-    returns: torch.Tensor = None        # (S,)
+from extras import parallel
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
@@ -77,32 +50,21 @@ def answer_logprob(logp, mask, action_starts, cot_lambda):
     return (logp * mask * torch.where(is_thought, cot_lambda, 1.0)).sum(1)
 
 
-def ratio_units(logp, mask, action_starts, settings):
-    """What has a ratio of its own in PPO: return (log-probabilities, their shares of an answer), both (B, U).
-
-    "answer", the paper's: U = 1, the λ-weighted sum. "token", for comparison (as VL-DAC, arXiv 2508.04280): U = T,
-    every token alone with the answer's advantage and an equal share; λ plays no part. Arguments as in answer_logprob.
-    """
-    if settings.ratio == "token":
-        return logp * mask, mask / mask.sum(1, keepdim=True)
-    weighted = answer_logprob(logp, mask, action_starts, settings.cot_lambda)[:, None]
-    return weighted, torch.ones_like(weighted)
-
-
-def policy_loss(logp, old_logp, shares, advantages, clip):
-    """Return (loss, approximate KL, clip fraction), scalars, of logp, old_logp, shares (B, U) and advantages (B,).
-
-    The KL is of whole answers, λ-weighted where they are; the clip fraction is of what has a ratio.
-    """
+def policy_loss(logp, old_logp, advantages, clip_coef):
+    """Return (loss, approximate KL, clip fraction), scalars, of answers' logp, old_logp and advantages, each (B,)."""
     log_ratio = logp - old_logp
-    ratio, A = log_ratio.exp(), advantages[:, None]
+    ratio = log_ratio.exp()
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
-    loss = -(shares * torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)).sum(1).mean()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
     with torch.no_grad():
-        whole = log_ratio.sum(1)
-        kl = (whole.exp() - 1 - whole).mean()       # Schulman's k3, joschu.net/blog/kl-approx
-        clipped = (shares * ((ratio - 1).abs() > clip)).sum(1).mean()
+        kl = (ratio - 1 - log_ratio).mean()         # Schulman's k3, joschu.net/blog/kl-approx
+        clipped = ((ratio - 1).abs() > clip_coef).float().mean()
     return loss, kl, clipped
+
+
+def value_loss(values, returns):
+    """½ E[(V − R)²] of values and returns, both (B,)."""
+    return 0.5 * ((values - returns) ** 2).mean()
 
 
 def explained_variance(values, returns):
@@ -118,96 +80,73 @@ def by_length(prompts, responses, size, indices=None):
     return [order[k:k + size] for k in range(0, len(order), size)]
 
 
-@torch.no_grad()
-def score_rollout(policy, rollout, settings):
-    """Fill old_logp and old_values by `policy.logprobs`; return two diagnostics.
-
-    They are the (thoughts', action part's) log-probability: summed over tokens, mean over answers, not λ-weighted.
-    """
-    S = len(rollout.responses)
-    units = max(map(len, rollout.responses)) if settings.ratio == "token" else 1
-    rollout.old_logp, rollout.old_values = torch.zeros(S, units), torch.zeros(S)
-    sums = torch.zeros(2)
-    for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch):
-        logp, mask, value = policy.logprobs(*_gather(rollout, group))
-        starts = _starts(rollout, group, logp.device)
-        action = answer_logprob(logp, mask, starts, 0.0)
-        sums += torch.tensor([(logp.sum() - action.sum()).item(), action.sum().item()])
-        old = ratio_units(logp, mask, starts, settings)[0].cpu()
-        rollout.old_logp[group, :old.shape[1]] = old
-        rollout.old_values[group] = value.cpu()
-    return (parallel.add(sums) / (S * parallel.size())).tolist()
+def minibatches(samples, size, epochs, generator):
+    """Yield lists of `size` of the sample indices 0, 1, …, samples − 1; each epoch has all of them in a new order."""
+    for _ in range(epochs):
+        order = torch.randperm(samples, generator=generator).tolist()
+        yield from (order[k:k + size] for k in range(0, samples, size))
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator):
-    """Improve the policy on one rollout; return a dict of diagnostics: means up to the minibatch that target_kl stops.
+    """Improve the policy on one rollout; return diagnostics: means over the minibatches that the policy looked at.
 
-    policy: anything with `logprobs(prompts, responses) → (logp, mask, value)` and `trainable() → [(name, tensor)]`.
-    optimizer: its first group of parameters is the policy's, a second V's: beyond target_kl only the second goes on.
-    generator: torch.Generator on the CPU, for the order of samples. Raises FloatingPointError on a non-finite loss.
-    Under torchrun every process draws the same order of all processes' samples and takes its own in each minibatch.
+    policy: anything with `logprobs(prompts, responses) → (logp, mask, value)`, `prompt_hidden` and `value_head`, such
+    as policy.Policy. optimizer: its first group of parameters is the policy's, its second the value head's.
+    rollout: rollout.Rollout, scored and with advantages. settings: settings.Settings. generator: torch.Generator on the
+    CPU, for the order of samples. Under torchrun every process passes its own samples, 1/size of each minibatch.
+    Raises FloatingPointError where a loss or a gradient is not finite.
     """
-    S = len(rollout.responses)
-    first, total = S * parallel.rank(), S * parallel.size()
-    parameters = [parameter for _, parameter in policy.trainable()]
-    # The paper's code normalises over the rollout, not over the minibatch. subtle: where nearly every episode succeeds,
-    # what is left is the value's error; divided by its own small spread it would push good answers down and apart.
-    everyones = parallel.concat(rollout.advantages)
-    spread = max(everyones.std().item() + 1e-8, settings.advantage_floor or 0.0)
-    advantages = (rollout.advantages - everyones.mean()) / spread
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
-    orders = [torch.randperm(total, generator=generator).tolist() for _ in range(settings.epochs)]
-    batches = [order[k:k + settings.minibatch] for order in orders for k in range(0, total, settings.minibatch)]
-    history, moving = [], True
-    for number, batch in enumerate(batches):
+    history = []                                            # a row of diagnostics for each minibatch
+    batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(), settings.update_epochs,
+                          generator)
+    for batch in batches:
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4)
-        own = [i - first for i in batch if first <= i < first + S]
-        for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch, own):
-            logp, mask, values = policy.logprobs(*_gather(rollout, group))
-            device = logp.device
-            new, shares = ratio_units(logp, mask, _starts(rollout, group, device), settings)
-            old = rollout.old_logp[group, :new.shape[1]].to(device)
-            p_loss, kl, clipped = policy_loss(new, old, shares, advantages[group].to(device), settings.clip)
-            v_loss = 0.5 * ((values - rollout.returns[group].to(device)) ** 2).mean()
-            # V sends no gradient into what writes the answers, so it can learn on when they have moved far enough
-            loss = p_loss + v_loss if moving else v_loss
-            if not torch.isfinite(loss):
-                bad = [i for i, fine in zip(group, ((new - old).sum(1) + values).isfinite().tolist()) if not fine]
-                _not_finite(f"loss is {loss.item()}", number, [first + i for i in bad or group])
-            # subtle: weighted by its share, so that micro-batches and processes add up to the minibatch's mean
-            share = len(group) / len(batch)
-            (loss * share).backward()
+        for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch_size, batch):
+            logp, mask, values = policy.logprobs([rollout.prompts[i] for i in group],
+                                                 [rollout.responses[i] for i in group])     # (B, T), (B, T), (B,)
+            starts, old_logp, advantages, returns = (column[group].to(logp.device) for column in (      # each (B,)
+                rollout.action_starts, rollout.old_logp, rollout.advantages, rollout.returns))
+            new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
+            p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
+            v_loss = value_loss(values, returns)
+            share = len(group) / len(batch)                 # subtle: so micro-batches add up to the minibatch's mean
+            (share * (p_loss + v_loss)).backward()
             sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
-        parallel.add(sums)
-        parallel.add_gradients(parameters)
-        norms = [torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
-                 for group in optimizer.param_groups]
-        if not all(norm.isfinite() for norm in norms):
-            _not_finite(f"gradient's norm is {[norm.item() for norm in norms]}", number, batch)
-        if moving:
-            history.append([*sums.tolist(), norms[0].item()])
-        if settings.target_kl and sums[2].item() > settings.target_kl:
-            moving = False                                  # too far from the policy that sampled: no further step
-        if not moving:
-            for parameter in optimizer.param_groups[0]["params"]:
-                parameter.grad = None                       # none, not zero: Adam's momentum would go on
+        norms = prepare_step(optimizer, sums, settings)
+        history.append([*sums.tolist(), norms[0].item()])
+        if settings.target_kl and sums[2] > settings.target_kl:
+            learn_values(policy, optimizer, rollout, settings, itertools.chain([batch], batches))
+            break                                           # too far from the policy that sampled: no further step
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
-    means = torch.tensor(history).mean(0).tolist()
-    return {**dict(zip(names, means)), "minibatches": len(history),
-            "explained_variance": explained_variance(parallel.concat(rollout.old_values),
-                                                     parallel.concat(rollout.returns))}
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
+    return {**dict(zip(names, torch.tensor(history).mean(0).tolist())), "minibatches": len(history)}
 
 
-def _not_finite(what, number, samples):
-    raise FloatingPointError(f"the {what} in minibatch {number} of the update, samples {samples[:8]}: the last "
-                             "checkpoint is intact; start a new run (--out) with a smaller --lr or --bits 32")
+def learn_values(policy, optimizer, rollout, settings, batches):
+    """The rest of an update that target_kl has stopped: the value head learns on from what the policy now sees.
+
+    The policy moves no more, so one look at each prompt, without gradients, serves all the minibatches that are left.
+    """
+    size = settings.micro_batch_size
+    hidden = torch.cat([policy.prompt_hidden(rollout.prompts[k:k + size])
+                        for k in range(0, len(rollout.prompts), size)])                     # (S, D)
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)               # none, not zero: Adam's momentum would move the policy
+        loss = value_loss(policy.value_head(hidden[batch]), rollout.returns[batch].to(hidden.device))
+        loss.backward()
+        prepare_step(optimizer, loss.detach().cpu(), settings)
+        optimizer.step()
 
 
-def _gather(rollout, group):
-    return [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group]
-
-
-def _starts(rollout, group, device):
-    return torch.tensor([rollout.action_starts[i] for i in group], device=device)
+def prepare_step(optimizer, losses, settings):
+    """Average gradients and losses over processes, clip each group's gradients alone; return the groups' norms."""
+    parallel.average([p for group in optimizer.param_groups for p in group["params"]], losses)
+    norms = [torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
+             for group in optimizer.param_groups]
+    if not (losses.isfinite().all() and all(norm.isfinite() for norm in norms)):
+        raise FloatingPointError(f"loss {losses.flatten()[0].item()}, norms of the gradients "
+                                 f"{[norm.item() for norm in norms]}: no step was taken and the last checkpoint is "
+                                 "intact; start a new run (--out) with a smaller --lr or --bits 32")
+    return norms

@@ -5,14 +5,11 @@
 
 The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses.
 That is at temperature 1; playing and PPO then sharpen with their own. --label-noise is the share of action labels
-replaced by uniformly random ones: 1.0 teaches reading and format but random play; pocket.LABEL_NOISE has the shares
+replaced by uniformly random ones: 1.0 teaches reading and format but random play; extras/pocket.py has the shares
 that start near the paper's SFT row. LoRA adapters by default; --full trains all weights.
 """
 
-import argparse
 import math
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +18,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import begin_part, put_in_place
 from env import GAMES
-from expert import expert_action, reading, thoughts
+from games.expert import expert_action, reading, thoughts
 from loading import ModelError, is_small, open_model
 from lora import PARTS, adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
 from ppo import by_length
-from settings import defaults_for
+from settings import ModelSettings, fill_in, make_parser, setting
+
+
+@dataclass
+class SFTSettings(ModelSettings):
+    out: str = setting(None, "folder for the result: train.py --model takes it (needed)")
+    label_noise: float = setting(0.0, "share of uniformly random action labels")
+    full: bool = setting(False, "train all weights instead of LoRA adapters")
+    steps: int = setting(300, "optimiser steps")
+    batch_size: int = setting(64, "demonstrations per optimiser step")
+    micro_batch_size: int = setting(None, "demonstrations per forward pass: memory only", small=16, large=4)
+    lr: float = setting(None, "at its height, after a warm-up (large: the paper's)", small=5e-4, large=2e-5)
+    seed: int = setting(0, "fixes demonstrations and adapters")
 
 
 @dataclass
@@ -65,7 +75,7 @@ def demonstrations(task, seed, label_noise=0.0, cot=True, shown=0.3):
 
 
 def captions(task, seed):
-    """Yield Demonstrations that only say what the picture shows: the pocket model's first lesson (pocket.py)."""
+    """Yield Demonstrations that only say what the picture shows: the pocket model's first lesson (extras/pocket.py)."""
     game, generator = GAMES[task](), np.random.default_rng([seed, len(task)])
     picture, info = game.reset(seed=seed)
     while True:
@@ -81,7 +91,7 @@ def mixed(sources, batch, generator):
         yield [next(sources[i]) for i in generator.integers(len(sources), size=batch)]
 
 
-def finetune(policy, batches, steps, lr, warmup=30, micro_batch=16, title="sft"):
+def finetune(policy, batches, steps, lr, warmup=30, micro_batch_size=16, title="sft"):
     """Minimise −log π(answer) a token over `steps` batches with AdamW, warm-up and a cosine to zero.
 
     batches: an iterator over lists of Demonstrations. Returns the losses, a float a step.
@@ -98,7 +108,7 @@ def finetune(policy, batches, steps, lr, warmup=30, micro_batch=16, title="sft")
         answers = policy.encode_answers([d.answer for d in batch])
         tokens, total = sum(map(len, answers)), 0.0
         optimizer.zero_grad()
-        for group in by_length(prompts, answers, micro_batch):
+        for group in by_length(prompts, answers, micro_batch_size):
             logp, _, _ = policy.logprobs([prompts[i] for i in group], [answers[i] for i in group])
             loss = -logp.sum() / tokens
             loss.backward()
@@ -112,68 +122,66 @@ def finetune(policy, batches, steps, lr, warmup=30, micro_batch=16, title="sft")
     return losses
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=GAMES)
-    parser.add_argument("--model", default="auto", help="auto, pocket, a hub name or a folder")
-    parser.add_argument("--out", required=True, help="folder for the result: train.py --model takes it")
-    parser.add_argument("--label-noise", type=float, default=0.0, help="share of uniformly random action labels")
-    parser.add_argument("--no-cot", action="store_true", help="demonstrate the action alone")
-    parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA adapters")
-    parser.add_argument("--bits", default="auto", choices=["auto", "4", "16", "32"])
-    parser.add_argument("--rank", type=int, default=None, help="of the LoRA adapters [32 pocket, 128 else]")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, default=None, help="answers a forward pass [16 pocket, 4 else]")
-    parser.add_argument("--lr", type=float, default=None, help="[5e-4 pocket, 2e-5 else, the paper's]")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
-
-
-def main(arguments=None):
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    if not 0 <= options.label_noise <= 1:
-        parser.error("--label-noise is a share, 0 to 1")
-    for name in ("steps", "batch", "rank", "micro_batch", "lr"):
-        if getattr(options, name) is not None and not getattr(options, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if options.full and options.rank:
-        parser.error("--full trains all weights and has no adapters: leave --rank out")
-    if options.seed < 0:
-        parser.error("--seed must not be negative")
-    if Path(options.out).exists() and (Path(options.out).is_file() or any(Path(options.out).iterdir())):
-        parser.error(f"{options.out} is not empty: choose another --out")
-    try:
-        loaded = open_model(options.model, options.bits)
-        if options.full and (loaded.adapters or loaded.bits != "32"):
-            parser.error("--full needs a whole model in --bits 32: 16 would round most steps away")
-        small = is_small(loaded.model.config)
-        rank = options.rank or defaults_for(loaded.model.config)["rank"]
-        lora = {"rank": rank, "parts": () if options.full else tuple(PARTS)}
-        if loaded.adapters:
-            lora = adapter_settings(loaded.adapters)
-            if options.rank not in (None, lora["rank"]):
-                parser.error(f"the adapters in {loaded.adapters} have rank {lora['rank']}: leave --rank out")
-        policy = Policy(loaded.model, loaded.processor, **lora, seed=options.seed, gradient_checkpointing=not small)
-        if loaded.adapters:
-            policy.load(loaded.adapters, value=False)
-        source = demonstrations(options.task, options.seed, options.label_noise, not options.no_cot)
-        batches = mixed([source], options.batch, np.random.default_rng(options.seed))
-        finetune(policy, batches, options.steps, options.lr or (5e-4 if small else 2e-5),
-                 micro_batch=options.micro_batch or (16 if small else 4), title=f"sft {options.task}")
-    except (ModelError, FloatingPointError) as error:
-        sys.exit(f"sft.py: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("sft.py: out of GPU memory: lower --micro-batch, or use --bits 4")
-    part = Path(options.out).with_name(Path(options.out).name + ".part")        # the result appears whole or not at all
-    shutil.rmtree(part, ignore_errors=True)
-    if options.full:
+def teach(settings):
+    """Open the model, fine-tune it, and write the result to settings.out; ModelError where they do not fit."""
+    loaded = open_model(settings.model, settings.bits)
+    print(f"model: {loaded.why}")
+    if settings.full and (loaded.adapters or loaded.bits != "32"):
+        raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
+    lora, small = {"target_modules": () if settings.full else tuple(PARTS)}, is_small(loaded.model.config)
+    if loaded.adapters:
+        lora = adapter_settings(loaded.adapters)
+        if settings.rank not in (None, lora["rank"]):
+            raise ModelError(f"the adapters in {loaded.adapters} have rank {lora['rank']}: leave --rank out")
+        settings.rank = lora["rank"]
+    fill_in(settings, small)
+    policy = Policy(loaded.model, loaded.processor, **{"rank": settings.rank, **lora}, seed=settings.seed,
+                    gradient_checkpointing=not small, base_name=loaded.base)
+    if loaded.adapters:
+        policy.load_adapters(loaded.adapters)
+    source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot)
+    batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
+    finetune(policy, batches, settings.steps, settings.lr, micro_batch_size=settings.micro_batch_size,
+             title=f"sft {settings.task}")
+    part = begin_part(settings.out)                         # the result appears whole or not at all
+    if settings.full:
         loaded.model.save_pretrained(part)
         loaded.processor.save_pretrained(part)
     else:
-        save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)            # without V: RL's own
-    os.replace(part, options.out)
+        save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
+    put_in_place(part, settings.out)
+
+
+def find_problem(s):
+    """What is wrong with the settings, in words, or None."""
+    for name in ("task", "out"):
+        if getattr(s, name) is None:
+            return f"--{name} is needed"
+    if not 0 <= s.label_noise <= 1:
+        return "--label-noise is a share, 0 to 1"
+    for name in ("steps", "batch_size", "rank", "micro_batch_size", "lr"):
+        if getattr(s, name) is not None and not getattr(s, name) > 0:
+            return f"--{name.replace('_', '-')} must be above 0"
+    if s.full and s.rank:
+        return "--full trains all weights and has no adapters: leave --rank out"
+    if s.seed < 0:
+        return "--seed must not be negative"
+    if Path(s.out).exists() and (Path(s.out).is_file() or any(Path(s.out).iterdir())):
+        return f"{s.out} is not empty: choose another --out"
+    return None
+
+
+def main(arguments=None):
+    parser = make_parser(SFTSettings, __doc__)
+    settings = SFTSettings(**vars(parser.parse_args(arguments)))
+    if problem := find_problem(settings):
+        parser.error(problem)
+    try:
+        teach(settings)
+    except (ModelError, FloatingPointError) as error:
+        sys.exit(f"sft.py: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit("sft.py: out of GPU memory: lower --micro-batch-size, or use --bits 4")
 
 
 if __name__ == "__main__":

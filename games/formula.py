@@ -1,0 +1,135 @@
+"""Exact arithmetic on formulas: what a list of tokens is worth, and every way to reach a target.
+
+A formula is a sequence of tokens, each a number or one of + - * / ( ), exactly as a player lays them:
+`("8", "/", "(", "3", "-", "8", "/", "3", ")")`. Values are fractions, so 8/(3-8/3) is 24 and not 24.000000000000004.
+
+Does not handle: cards, rewards (env.py); unary minus and numbers written digit by digit: no game has them.
+"""
+
+from fractions import Fraction
+from functools import cache
+
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def evaluate(tokens):
+    """Return the value of the formula as a Fraction, or None if it is not a formula or divides by zero.
+
+    Grammar: sum = product {(+|-) product};  product = atom {(*|/) atom};  atom = number | "(" sum ")".
+    Two numbers next to each other never form a third one.
+
+    >>> evaluate(["8", "/", "(", "3", "-", "8", "/", "3", ")"])
+    Fraction(24, 1)
+    >>> evaluate(["2", "4"]) is None and evaluate(["(", "2"]) is None and evaluate(["1", "/", "0"]) is None
+    True
+    """
+    tokens = list(tokens)
+    position = 0
+
+    def peek():
+        return tokens[position] if position < len(tokens) else None
+
+    def take():
+        nonlocal position
+        position += 1
+        return tokens[position - 1]
+
+    def atom():
+        if peek() == "(":
+            take()
+            value = total()
+            if peek() != ")":
+                raise ValueError("unbalanced bracket")
+            take()
+            return value
+        if peek() is None or not peek().isdecimal():
+            raise ValueError("a number or a bracket belongs here")
+        return Fraction(int(take()))
+
+    def chain(operand, level):      # operands joined by operators of one precedence, worked off from the left
+        value = operand()
+        while PRECEDENCE.get(peek()) == level:
+            operator = take()
+            value = _apply(value, operator, operand())
+        return value
+
+    def product():
+        return chain(atom, 2)
+
+    def total():
+        return chain(product, 1)
+
+    try:
+        value = total()
+    except (ValueError, ZeroDivisionError):
+        return None
+    return value if position == len(tokens) else None
+
+
+def is_right(tokens, numbers, target):
+    """Whether the formula uses every number once and reaches the target.
+
+    >>> is_right(["2", "+", "10"], [10, 2], 12), is_right(["12"], [10, 2], 12)
+    (True, False)
+    """
+    used = [token for token in tokens if token.isdecimal()]
+    return sorted(used) == sorted(map(str, numbers)) and evaluate(tokens) == target
+
+
+def _apply(left, operator, right):
+    if operator == "+":
+        return left + right
+    if operator == "-":
+        return left - right
+    return left * right if operator == "*" else left / right
+
+
+@cache
+def solutions(numbers, target, operators="+-*/"):
+    """Return all formulas that use every number once and reach the target, the simplest first.
+
+    numbers: sorted tuple of ints; target: int. Each formula is a tuple of tokens with no needless brackets;
+    both a+b and b+a are listed. "Simplest" is shortest, then first in the order of its text.
+
+    >>> ["".join(f) for f in solutions((2, 10), 12, "+*")]
+    ['10+2', '2+10']
+    >>> "".join(solutions((3, 3, 8, 8), 24)[0])
+    '8/(3-8/3)'
+    """
+    if list(numbers) != sorted(numbers):
+        raise ValueError(f"numbers must be sorted, got {numbers}")
+
+    @cache
+    def expressions(part):
+        """Every (value, tokens, precedence of its outermost operator) made of the numbers in part."""
+        if len(part) == 1:
+            return ((Fraction(part[0]), (str(part[0]),), 3),)
+        found = {}
+        for left_part, right_part in _splits(part):
+            for lv, lt, lp in expressions(left_part):
+                for rv, rt, rp in expressions(right_part):
+                    for operator in operators:
+                        if operator == "/" and rv == 0:
+                            continue
+                        value, level = _apply(lv, operator, rv), PRECEDENCE[operator]
+                        if part == numbers and value != target:     # most of them: not worth writing down
+                            continue
+                        left = ("(", *lt, ")") if lp < level else lt
+                        # subtle: a-(b+c) and a/(b*c) need their brackets; a+(b-c) and a*(b/c) do not.
+                        wrap = rp < level or (rp == level and operator in "-/")
+                        right = ("(", *rt, ")") if wrap else rt
+                        found[left + (operator,) + right] = (value, level)
+        return tuple((value, tokens, level) for tokens, (value, level) in found.items())
+
+    good = [tokens for value, tokens, _ in expressions(numbers) if value == target]     # a lone number may miss it
+    return tuple(sorted(good, key=lambda tokens: (len(tokens), tokens)))
+
+
+def _splits(part):
+    """Every way to hand out the numbers to a left and a right side, neither empty: both orders, no repeats."""
+    pairs = set()
+    for mask in range(1, 2 ** len(part) - 1):
+        left = tuple(n for i, n in enumerate(part) if mask >> i & 1)
+        right = tuple(n for i, n in enumerate(part) if not mask >> i & 1)
+        pairs.add((left, right))
+    return sorted(pairs)

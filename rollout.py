@@ -1,0 +1,176 @@
+"""A rollout: the policy plays, its answers are scored, each one gets an advantage.
+
+    rollout = collect(policy, games, settings, sampling, fallback)        # prompts, answers, rewards
+    score_rollout(policy, rollout, settings)                              # log π and V of the policy that answered
+    add_advantages(policy, rollout, settings)                             # A_t and returns, by ppo.gae
+
+Subtle, and wrong in the published code: a step's prompt is stored with it and scored as stored (on the formula games
+it changes every step), and an episode that ran out of time is worth V of its own last observation.
+Does not handle: learning (ppo.py), held-out games (eval.py).
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from extras import parallel
+from games.expert import reads_right
+from parse import choose, json_closed, make_prompt
+from ppo import answer_logprob, by_length, explained_variance, gae
+
+
+class Choice(NamedTuple):
+    """What became of one answer."""
+    action: str                 # what is played
+    index: int                  # its place in the game's legal_actions()
+    named: bool = True          # whether the text named it; if not, it is a uniform draw
+    text: str = None            # v_out; None for a player that says nothing
+    action_start: int = None    # the token where the action part begins
+
+
+def act(policy, games, pictures, infos, generator, fallback, cot=True, max_new_tokens=256, greedy=False,
+        batch_size=64):
+    """Let the policy answer in one state of each of several games, `batch_size` answers at a time.
+
+    generator: torch.Generator for the tokens; fallback: numpy Generator for answers that name no legal action.
+    Returns (prompts, responses, Choices), each as long as games.
+    """
+    texts = [make_prompt(game, info, cot) for game, info in zip(games, infos)]
+    prompts = policy.encode(pictures, texts)
+    responses = []
+    for k in range(0, len(prompts), batch_size):
+        responses += policy.generate(prompts[k:k + batch_size], generator, max_new_tokens, json_closed, greedy)
+    choices = []
+    for game, response in zip(games, responses):
+        text, legal = policy.decode(response), game.legal_actions()
+        index, named, start = choose(text, legal, fallback)
+        choices.append(Choice(legal[index], index, named, text, policy.action_start(response, start)))
+    return prompts, responses, choices
+
+
+@dataclass
+class Rollout:
+    """S = L × N samples in the order of play: all games' first step, all games' second, …
+
+    collect fills the first block, score_rollout the second, add_advantages the third.
+    """
+    rewards: torch.Tensor               # (L, N), as the games pay
+    terminated: torch.Tensor            # (L, N) 1 where the step ended its episode
+    truncated: torch.Tensor             # (L, N) 1 where the step was its episode's last allowed one
+    prompts: list = field(default_factory=list)         # S policy.Prompt: what was put in
+    responses: list = field(default_factory=list)       # S lists of token ids: what was sampled
+    choices: list = field(default_factory=list)         # S Choice: how they were read
+    infos: list = field(default_factory=list)           # S dicts: what the games knew of their states
+    cut_off: list = field(default_factory=list)         # (t, n, Prompt of the last observation) of truncated episodes
+    last_prompts: list = field(default_factory=list)    # N Prompts: the states after the last step
+    episodes: list = field(default_factory=list)        # (return, whether it is a success) of those that ended
+    action_starts: torch.Tensor = None  # (S,) the token where the action part begins
+
+    old_logp: torch.Tensor = None       # (S,) λ-weighted
+    old_values: torch.Tensor = None     # (S,)
+    part_logp: torch.Tensor = None      # (2,) sums over answers of the thoughts' and the action parts' log-probability
+
+    advantages: torch.Tensor = None     # (S,) normalised
+    returns: torch.Tensor = None        # (S,)
+
+
+def collect(policy, games, settings, sampling, fallback, progress=lambda steps: None):
+    """Play num_steps of every game and return the Rollout. sampling, fallback: act's two generators."""
+    L, N = settings.num_steps, len(games)
+    rollout = Rollout(*torch.zeros(3, L, N))
+    observations = [game.observe() for game in games]
+    for t in range(L):
+        pictures, infos = zip(*observations)
+        prompts, responses, choices = act(policy, games, pictures, infos, sampling, fallback, settings.cot,
+                                          settings.max_new_tokens, batch_size=settings.play_batch_size)
+        rollout.prompts += prompts
+        rollout.responses += responses
+        rollout.choices += choices
+        rollout.infos += infos
+        for n, (game, choice) in enumerate(zip(games, choices)):
+            picture, rollout.rewards[t, n], terminated, truncated, info = game.step(choice.index)
+            rollout.terminated[t, n], rollout.truncated[t, n] = terminated, truncated
+            if truncated:
+                # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
+                rollout.cut_off.append((t, n, _encode(policy, [game], [(picture, info)], settings)[0]))
+            if terminated or truncated:
+                rollout.episodes.append((game.episode_return, info["is_success"]))
+                picture, info = game.reset()
+            observations[n] = picture, info
+        progress(settings.num_envs)
+    rollout.last_prompts = _encode(policy, games, observations, settings)
+    rollout.action_starts = torch.tensor([choice.action_start for choice in rollout.choices])
+    return rollout
+
+
+@torch.no_grad()
+def score_rollout(policy, rollout, settings):
+    """Fill in old_logp, old_values and part_logp; fit the value head's inputs on a run's first rollout."""
+    if not policy.value_head.fitted:
+        policy.value_head.fit(parallel.concat(_batched(policy.prompt_hidden, rollout.prompts, settings).float()))
+    S = len(rollout.responses)
+    rollout.old_logp, rollout.old_values, rollout.part_logp = torch.zeros(S), torch.zeros(S), torch.zeros(2)
+    for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch_size):
+        logp, mask, values = policy.logprobs([rollout.prompts[i] for i in group],
+                                             [rollout.responses[i] for i in group])         # (B, T), (B, T), (B,)
+        starts = rollout.action_starts[group].to(logp.device)
+        rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
+        rollout.old_values[group] = values.cpu()
+        action = answer_logprob(logp, mask, starts, 0.0).sum()
+        rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
+
+
+def add_advantages(policy, rollout, settings):
+    """Fill in advantages and returns, by GAE over each game's steps; advantages are normalised over the rollout."""
+    values = rollout.old_values.view_as(rollout.rewards)                                    # (L, N)
+    next_values = torch.cat([values[1:], _batched(policy.value, rollout.last_prompts, settings)[None]])
+    if rollout.cut_off:
+        when, which, prompts = zip(*rollout.cut_off)
+        next_values[when, which] = _batched(policy.value, prompts, settings)
+    advantages, returns = gae(rollout.rewards * settings.reward_scale, values, next_values, rollout.terminated,
+                              rollout.truncated, settings.gamma, settings.gae_lambda)
+    rollout.advantages, rollout.returns = advantages.flatten(), returns.flatten()
+    # The paper's code normalises over the rollout, not over the minibatch. subtle: where nearly every episode succeeds,
+    # what is left is the value's error; divided by its own small spread it would push good answers down and apart.
+    everyones = parallel.concat(rollout.advantages)
+    spread = max(everyones.std().item() + 1e-8, settings.advantage_floor)
+    rollout.advantages = (rollout.advantages - everyones.mean()) / spread
+
+
+def play_metrics(rollout, settings):
+    """What the rollout shows of the policy, as plain values (README of results/, "Metrics"), over all processes."""
+    def everyones(numbers):
+        return parallel.concat(torch.tensor(numbers, dtype=torch.float64)).numpy()
+
+    def mean(numbers):
+        return float(np.mean(numbers)) if len(numbers) else None
+
+    returns = everyones([total for total, _ in rollout.episodes])
+    read = [reads_right(settings.task, choice.text, info)
+            for choice, info in zip(rollout.choices, rollout.infos)] if settings.cot else []
+    thought_logp, action_logp = (parallel.concat(rollout.part_logp[None]).sum(0) / settings.batch_size).tolist()
+    return {"episodes": len(returns), "success": mean(everyones([success for _, success in rollout.episodes])),
+            "return_mean": mean(returns),
+            "parse_rate": mean(everyones([choice.named for choice in rollout.choices])),
+            "reading_rate": mean(everyones(read)),
+            "response_tokens": mean(everyones([len(response) for response in rollout.responses])),
+            "thought_logp": thought_logp, "action_logp": action_logp}
+
+
+def value_metrics(rollout):
+    return {"explained_variance": explained_variance(parallel.concat(rollout.old_values),
+                                                     parallel.concat(rollout.returns))}
+
+
+def _encode(policy, games, observations, settings):
+    """Prompts of the games' present states, [(picture, info)]."""
+    pictures, infos = zip(*observations)
+    return policy.encode(pictures, [make_prompt(game, info, settings.cot) for game, info in zip(games, infos)])
+
+
+def _batched(function, prompts, settings):
+    """A function of prompts, in micro-batches; its results on the CPU."""
+    size = settings.micro_batch_size
+    return torch.cat([function(prompts[k:k + size]).cpu() for k in range(0, len(prompts), size)])
