@@ -158,7 +158,7 @@ def decision_statistics(task, decisions, cot):
 
 
 def plan_statistics(task, decisions):
-    """Formula games: how often the plan in the thoughts is right while one could be, and the action its first symbol."""
+    """Formula games: how often the plan in the thoughts is right while one could be, and how often it is followed."""
     return {"plan_rate": rate(plan_right(planned(choice.text), info)
                               for info, choice in decisions if continuations(task, info)),
             "plan_followed": rate(planned(choice.text)[:1] == [choice.action] for _, choice in decisions)}
@@ -245,7 +245,7 @@ def make_parser():
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
     parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode, as a GIF or a PNG")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
-    settings = parser.add_argument_group("settings (a run brings its own: --bits, --cot, --temperature are for --model)")
+    settings = parser.add_argument_group("settings", "a run brings its own; the last three are for --model alone")
     add_flags(settings, Settings, ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature"))
     return parser
 

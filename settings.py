@@ -62,7 +62,7 @@ class Settings(ModelSettings):
     gamma: float = setting(0.9, "discount")
     gae_lambda: float = setting(0.95, "of generalised advantage estimation")
     reward_scale: float = setting(None, "of what GAE sees (0.1 on the formula games, 1 else; paper: 1)")
-    advantage_floor: float = setting(None, "advantages are divided by their standard deviation, but by no less than this",
+    advantage_floor: float = setting(None, "advantages are divided by their standard deviation, by this at least",
                                      small=1.0, large=0.0)
     clip_coef: float = setting(0.1, "ε of the ratio")
     update_epochs: int = setting(4, "passes over a rollout")
@@ -73,7 +73,7 @@ class Settings(ModelSettings):
     lr: float = setting(None, "learning rate, falling on a cosine", small=2e-4, large=1e-5)
     value_lr: float = setting(None, "the value head's, falling likewise", small=1e-3, large=1e-5)
     lr_end: float = setting(1e-9, "where both end")
-    max_grad_norm: float = setting(1.0, "the policy's gradients and the value head's are each scaled down to this (ours)")
+    max_grad_norm: float = setting(1.0, "policy's and value head's gradients are each scaled down to this (ours)")
     # keeping
     save_every: int = setting(1, "a checkpoint every so many updates")
     eval_episodes: int = setting(1000, "held-out games at the start and at the end; 0 for none")
@@ -168,8 +168,8 @@ def read_settings(cls, description, arguments=None):
 def _stored_settings(cls, config, given, parser):
     """The settings in config.json, with those given that may change in mid-run."""
     stored = json.loads(config.read_text())
-    # Where to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and another
-    # play_batch_size draws other tokens).
+    # Where to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and
+    # another play_batch_size draws other tokens).
     free = ("out", "micro_batch_size", "play_batch_size", "save_every")
     if unknown := set(stored) ^ {entry.name for entry in fields(cls)}:
         parser.error(f"{config} was written by another version of this program ({', '.join(sorted(unknown))} "

@@ -610,7 +610,7 @@ def test_logprobs_are_hugging_faces_cross_entropy(agent, task):
     shake(agent)
     prompts, responses = samples_of(agent, 3, (task,))
     logp, mask, _ = agent.logprobs(prompts, responses)
-    agent.suppress_tokens[:] = False                                          # transformers' softmax knows no forbidden ids
+    agent.suppress_tokens[:] = False                                    # transformers' softmax knows no forbidden ids
     free, _, _ = agent.logprobs(prompts, responses)
     assert (logp >= free - 1e-5).all()                                  # what is forbidden was shared out
     pictures = [picture for _, picture, _ in states_of(task, 3)]
@@ -935,7 +935,8 @@ class Bandit(torch.nn.Module):
 
 
 def bandit_settings(**changes):
-    return Settings(**({"micro_batch_size": 16, "advantage_floor": 0.0, "target_kl": 0.0, "reward_scale": 1.0} | changes))
+    return Settings(**({"micro_batch_size": 16, "advantage_floor": 0.0, "target_kl": 0.0, "reward_scale": 1.0}
+                       | changes))
 
 
 def bandit_rollout(policy, options, generator, n=64):
@@ -969,7 +970,8 @@ def test_beyond_its_target_kl_the_value_head_alone_learns_on():
         options = bandit_settings(micro_batch_size=32, minibatch_size=32, cot_lambda=1.0, target_kl=target)
         rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
         optimizer = torch.optim.Adam(policy.groups(logits=0.3, worth=0.01))
-        optimizer.register_step_post_hook(lambda *_: steps.append([policy.logits.tolist(), policy.worth.item()]))
+        optimizer.register_step_post_hook(
+            lambda *_, policy=policy, steps=steps: steps.append([policy.logits.tolist(), policy.worth.item()]))
         taken = ppo.ppo_update(policy, optimizer, rollout, options, torch.Generator().manual_seed(0))["minibatches"]
         logits, worths = zip(*steps)
         moves[target] = taken, len({str(x) for x in logits}), len(set(worths)), logits
@@ -1300,8 +1302,8 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
 
 
 def test_full_fine_tuning_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
-    arguments = ["--task", "numberline", "--model", str(tiny), "--full", "--bits", "32", "--steps", "2", "--batch-size", "4",
-                 "--lr", "1e-2", "--out", str(tmp_path / "full")]
+    arguments = ["--task", "numberline", "--model", str(tiny), "--full", "--bits", "32", "--steps", "2",
+                 "--batch-size", "4", "--lr", "1e-2", "--out", str(tmp_path / "full")]
     processor = type(load_model(str(tiny))[1])
 
     def interrupted(self, folder):
@@ -1333,7 +1335,7 @@ def test_ppo_on_the_real_model_beats_its_start(shipped):
 # ---- extras/parallel.py --------------------------------------------------------------------------------------------
 def half_run(shipped, rank=0):
     """One process's run: its own games and draws, the same weights. 32 samples, 12 of them in each minibatch."""
-    run = make_run(shipped, "ezpoints", seed=1 + rank, update_epochs=2, minibatch_size=24, target_kl=0.05)
+    run = make_run(shipped, "ezpoints", seed=1 + rank, update_epochs=2, minibatch_size=24, target_kl=1e-3)
     run.policy.load_state_dict(make_run(shipped, "ezpoints").policy.state_dict())
     return run
 
@@ -1350,7 +1352,8 @@ def one_of_two(rank, port, folder):
     assert parallel.concat(torch.arange(rank + 1)).tolist() == [0, 0, 1]
     playing.score_rollout(run.policy, rollout, run.settings)
     playing.add_advantages(run.policy, rollout, run.settings)
-    played = playing.play_metrics(rollout, dataclasses.replace(run.settings, num_envs=32)) | playing.value_metrics(rollout)
+    run.settings.num_envs = 32                                          # the games of both
+    played = playing.play_metrics(rollout, run.settings) | playing.value_metrics(rollout)
     metrics = ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
     save_file({name: p.detach() for name, p in run.policy.trainable()}, Path(folder) / f"{rank}.safetensors")
     (Path(folder) / f"{rank}.json").write_text(json.dumps(played | metrics))
@@ -1420,7 +1423,7 @@ def test_two_processes_killed_and_resumed_are_the_two_left_alone(tmp_path):
                                   evaluation.open_run(tmp_path / "alone")[0]), folders[0])
 
 
-# ---- extras: bench.py, shape7b.py, speed_ablation.py ------------------------------------------------------------------------------------------
+# ---- extras: bench.py, shape7b.py, speed_ablation.py ----------------------------------------------------------------
 def test_flops_agree_with_torchs_counter(agent):
     prompts, responses = samples_of(agent, 1, ("blackjack",))
     plain = lambda: sdpa_kernel(SDPBackend.MATH)                # the counter does not know the CPU's fused attention
@@ -1566,7 +1569,8 @@ def test_each_result_belongs_to_its_command():
     folders = [file.parent for file in (HERE / "results" / "runs").glob("*-seed*/command.txt")]
     assert len(folders) >= 12
     for folder in folders:
-        script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", (folder / "command.txt").read_text()).groups()
+        command = (folder / "command.txt").read_text()
+        script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", command).groups()
         given = vars(PARSERS[script]().parse_args(shlex.split(words)))
         config, end = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
         assert Path(given["out"]).name == Path(config["out"]).name == folder.name

@@ -125,7 +125,7 @@ def record(run, folder, rollout, learned, spent, bar):
 
 
 def held_out(run, when, path):
-    """Evaluate the present policy on held-out deals, with the run's own temperature; write, print, return the result."""
+    """Evaluate the policy on held-out deals, with the run's own temperature; write, print and return the result."""
     settings = run.settings
     if parallel.rank() or not settings.eval_episodes:
         return None
@@ -136,8 +136,8 @@ def held_out(run, when, path):
                       settings.cot)
     write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
-    print(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, answers parsed "
-          f"{100 * result['parse_rate']:.1f} %"
+    print(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
+          f"answers parsed {100 * result['parse_rate']:.1f} %"
           + (f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""))
     return result
 

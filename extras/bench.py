@@ -128,9 +128,10 @@ def measure(run, updates):
     playing, learning, answer_tokens, prompt_tokens, flops = (sums / updates).tolist()
     figures = {
         "env_steps_per_s": settings.batch_size / playing, "tokens_per_s": answer_tokens / playing,
-        "samples_per_s": settings.batch_size * settings.update_epochs / learning, "rollout_s": playing, "update_s": learning,
-        "whole_update_s": playing + learning, "answer_tokens": answer_tokens / settings.batch_size,
-        "prompt_tokens": prompt_tokens / settings.batch_size, **peak_memory(device), "memory_gib": memory}
+        "samples_per_s": settings.batch_size * settings.update_epochs / learning,
+        "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
+        "answer_tokens": answer_tokens / settings.batch_size, "prompt_tokens": prompt_tokens / settings.batch_size,
+        **peak_memory(device), "memory_gib": memory}
     rate = matmul_rate(device, run.policy.model.dtype)
     return figures | {"matmul_tflops": rate / 1e12, "update_tflops": flops / learning / 1e12,
                       "mfu": flops / learning / rate}, rollout

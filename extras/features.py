@@ -22,7 +22,7 @@ from torch import nn
 from env import GAMES
 from loading import POCKET, load_model
 from policy import Prompt, ValueHead, base_view, look
-from settings import Settings, find_problem, fill_in, fixed, read_settings, setting
+from settings import Settings, fill_in, fixed, read_settings, setting
 from sft import demonstrations, mixed
 from train import launch
 
@@ -43,7 +43,7 @@ class FeatureSettings(Settings):
 
 
 class FeaturePolicy(nn.Module):
-    """Standardised features (I·D,) → 512 → the logits of the actions, all 0 at the start; the value head reads the same.
+    """Standardised features (I·D,) → 512 → the actions' logits, all 0 at the start; the value head reads the same.
 
     see: a function of pictures that gives their features (B, I, D).
     """

@@ -7,6 +7,7 @@ to the highest seed. "a ± b" is the mean over seeds and half of its 95 % interv
 the runs that are there: `results/runs/TASK[-VARIANT]-seedN`.
 """
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -35,8 +36,10 @@ TRIED = {           # folder of results/: what its value head is
     "tried/value-gradient-numberline-seed2": "standardised inputs, learned through the model",
     "tried/value-lr2e-4-numberline-seed2": "apart: standardised inputs, no gradient into the model",
     "tried/value-lr1e-3-numberline-seed2": "apart, `value_lr` 1e-3, no value clip",
-    **{f"tried/value-stops-numberline-seed{seed}": "the next line, but V stops with the policy" for seed in (1, 2, 3)},
-    "runs/numberline-seed1": "now: `advantage_floor` 1 (0.25 above), gradients clipped apart, V learns on beyond `target_kl`",
+    "tried/value-stops-numberline-seed1": "as now, but V stops where `target_kl` stops the policy",
+    "tried/value-stops-numberline-seed2": "V stops likewise",
+    "tried/value-stops-numberline-seed3": "V stops likewise",
+    "runs/numberline-seed1": "now: `advantage_floor` 1 (0.25 above), gradients clipped apart, V learns on",
     "runs/numberline-seed2": "now",
     "runs/numberline-seed3": "now"}
 # Settings changed one at a time, as run_all.sh names them.
@@ -177,15 +180,17 @@ def references():
         before = RESULTS / "baselines" / "pocket-two-lessons" / f"{task}.json"
         rows.append([task, *cells, f"{100 * read(before)['success']:.1f}" if before.exists() else "–",
                      *(str(paper[name]) for name in ("no CoT", "CNN"))])
-    return markdown(["success, %", "random", "best constant action", "expert", "start", "start, asked for the action alone",
-                     "start, before it was weakened", "paper: no CoT", "paper: CNN"], rows)
+    return markdown(["success, %", "random", "best constant action", "expert", "start",
+                     "start, asked for the action alone", "start, before it was weakened", "paper: no CoT",
+                     "paper: CNN"], rows)
 
 
 def seeds():
     """Every main run: success with its 95 % Wilson interval, what its answers are like before → after, minutes."""
     keys = ("parse_rate", "reading_rate", "expert_agreement")
     rows = []
-    for task, folder in [(task, folder) for task in PAPER for folder in runs(task)]:
+    for folder in itertools.chain.from_iterable(map(runs, PAPER)):
+        task = folder.name.split("-")[0]
         end = read(folder / "eval.json")
         low, high = 100 * end["success_low"], 100 * end["success_high"]
         minutes = f"{read(folder / 'wall.json')['wall_s'] / 60:.0f}" if (folder / "wall.json").exists() else "–"
@@ -314,8 +319,8 @@ def speed_choices():
 
 def tables():
     """All of them, without those that no run stands behind yet."""
-    return [text for make in (table, references, seeds, lambdas, trust_regions, best_effort, decisions, plans, value_heads,
-                              settings_tried, speed_choices)
+    return [text for make in (table, references, seeds, lambdas, trust_regions, best_effort, decisions, plans,
+                              value_heads, settings_tried, speed_choices)
             if (text := make())]
 
 

@@ -16,8 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor,
-                          MistralConfig, PreTrainedTokenizerFast)
+from transformers import (
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from env import GAMES
@@ -38,9 +44,9 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
     "{% else %}{{ part['text'] }}\n{% endif %}{% endfor %}"
     "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}")
-# What the tokenizer never merges across. So picture, prompt and answer are some 45 to 80 tokens, half of what one a word
-# would be; "10" is one token wherever it stands, and the action part begins at a token's start.
-MARK = r"""(?:(?!"action)[.,:'"{} ])"""                    # a punctuation mark or space, but for the one before `action`
+# What the tokenizer never merges across. So picture, prompt and answer are some 45 to 80 tokens, half of what one a
+# word would be; "10" is one token wherever it stands, and the action part begins at a token's start.
+MARK = r"""(?:(?!"action)[.,:'"{} ])"""                    # punctuation or a space, but not that before `action`
 PIECES = Regex("|".join((
     r"\n(?:Actions|Answer)[^\n]*",                       # a prompt's fixed line, whole
     '"action',

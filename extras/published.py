@@ -21,9 +21,9 @@ def published_update(run, rollout, samples, longest):
     Playing, one game at a time: write the answer token by token (of the stored length, so that both procedures write
     equally much), then score it in a second pass over the answer padded to `longest` tokens (published: twice the
     maximum), with the logits and all hidden states of every position. Learning: the same pass with gradients, one
-    answer at a time, an optimiser step every `minibatch_size` answers, `update_epochs` times. No gradient checkpointing, as
-    there. Left out, in its favour: the games' time, preparing pictures, bootstrap values, clipping gradients.
-    Measured on the first `samples` steps after one to warm up, scaled to the rollout; optimiser steps apart.
+    answer at a time, an optimiser step every `minibatch_size` answers, `update_epochs` times. No gradient
+    checkpointing, as there. Left out, in its favour: the games' time, preparing pictures, bootstrap values, clipping
+    gradients. Measured on the first `samples` steps after one to warm up, scaled to the rollout; optimiser steps apart.
     """
     settings, policy, device = run.settings, run.policy, run.policy.device
     stored = list(zip(rollout.prompts, rollout.responses))

@@ -5,8 +5,8 @@
     plan = memory_plan(llava_7b_config(processor), rank=128, micro_batch=4, play_batch=16, prompt_tokens=750,
                        answer_tokens=100)                          # {use: bytes}, counted on no device
 
-Speed and memory do not hang on the weights' values; extras/bench.py measures this model. Prompts are of one token a byte,
-longer than the real tokenizer's. Does not handle: the real checkpoint (loading.load_model).
+Speed and memory do not hang on the weights' values; extras/bench.py measures this model. Prompts are of one token a
+byte, longer than the real tokenizer's. Does not handle: the real checkpoint (loading.load_model).
 """
 
 import torch
