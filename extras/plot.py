@@ -102,7 +102,7 @@ def curves(folders):
 # ---- figures ---------------------------------------------------------------------------------------------------------
 def draw_curves(path):
     """One panel a game: with and without chain of thought over training, the paper's lines as dashes."""
-    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.4))
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
     for axes, (task, paper) in zip(panels, PAPER.items()):
         for variant, start, label, color in (("", "start", "RL", "tab:blue"),
                                              ("no-cot", "start-no-cot", "RL without CoT", "tab:red")):
@@ -124,8 +124,8 @@ def draw_curves(path):
         axes.plot([], [], ":", color="tab:green", label="this model before it was weakened")
         axes.set(title=task, xlabel="environment steps", ylim=(0, 104 if CEILING[task] > 50 else 60))
     panels[0].set_ylabel("success, %")
-    panels[0].legend(fontsize=7, loc="center right")
-    figure.tight_layout()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

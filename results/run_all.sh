@@ -1,27 +1,40 @@
 #!/usr/bin/env bash
 # Makes the runs and baselines of this folder again, from the repository's root: bash results/run_all.sh [PATTERN]
 # One line a run, one core a run, as many side by side as there are cores; PATTERN (grep's) picks some. What is there is
-# skipped (to make it again after a change, delete its folder in results/ and in runs/); what was interrupted goes on.
+# skipped (to make it again after a change, delete its folder in results/runs/ and in runs/); what was interrupted goes on.
 set -euo pipefail
 cores=$(nproc)               # before the next line, which nproc would obey
 export OMP_NUM_THREADS=1
 
 train() {   # train NAME GAMES ARGUMENTS…: one RL run, held-out games with its last checkpoint, the files that are kept
     local name=$1 games=$2; shift 2
-    [ -f "results/$name/eval.json" ] && return
-    local resume="" begun=$SECONDS run="runs/$name" task=${name%%-*}
+    [ -f "results/runs/$name/eval.json" ] && return
+    learn "$name" "python train.py $* --eval-episodes 0" &&
+        finish "$name" python eval.py --task "${name%%-*}" --run "runs/$name" --episodes "$games" --out "runs/$name/eval.json"
+}
+
+features() {   # features NAME GAMES ARGUMENTS…: likewise on vision features and an MLP, which plays its own held-out games
+    local name=$1 games=$2; shift 2
+    [ -f "results/runs/$name/eval.json" ] && return
+    learn "$name" "python -m extras.features $* --eval-episodes $games" && finish "$name" true
+}
+
+learn() {   # learn NAME COMMAND: run it, or go on with it, and keep its files; fails where it runs elsewhere
+    local name=$1 command="$2 --out runs/$1" resume="" begun=$SECONDS run="runs/$1" kept="results/runs/$1"
     [ -f "$run/config.json" ] && resume="--resume"
-    mkdir -p "$run" "results/$name"
+    mkdir -p "$run" "$kept"
     exec 9> "$run/lock"; flock -n 9 || { echo "$name is running elsewhere"; return 1; }
-    python train.py "$@" --eval-episodes 0 --out "$run" $resume > "$run/log.txt" 2>&1 ||
-        { echo "$name failed: $run/log.txt"; return 1; }
+    $command $resume > "$run/log.txt" 2>&1 || { echo "$name failed: $run/log.txt"; return 1; }
     # from the command's start to its end; not of a run that was interrupted
-    [ -n "$resume" ] || echo "{\"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/$name/wall.json"
-    cp "$run/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl} "results/$name/"
-    echo "OMP_NUM_THREADS=1 python train.py $* --eval-episodes 0 --out $run" > "results/$name/command.txt"
-    python eval.py --task "$task" --run "$run" --episodes "$games" --out "results/$name/eval.part" >> "$run/log.txt" 2>&1 ||
-        { echo "$name failed: $run/log.txt"; return 1; }
-    mv "results/$name/eval.part" "results/$name/eval.json"
+    [ -n "$resume" ] || echo "{\"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "$kept/wall.json"
+    cp "$run/"{config.json,metrics.jsonl,timing.jsonl,transcripts.jsonl} "$kept/"
+    echo "OMP_NUM_THREADS=1 $command" > "$kept/command.txt"
+}
+
+finish() {   # finish NAME COMMAND…: play the held-out games, which end in runs/NAME/eval.json
+    local name=$1; shift
+    "$@" >> "runs/$name/log.txt" 2>&1 || { echo "$name failed: runs/$name/log.txt"; return 1; }
+    cp "runs/$name/eval.json" "results/runs/$name/eval.json"
     echo "$name done"
 }
 
@@ -37,8 +50,8 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is n
 best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning on the expert's own labels, RL from there
     local name=$1 games=$2 steps=$3 task=${1%%-*}; shift 3
     local begun=$SECONDS start="runs/$task-best-sft"
-    [ -f "results/$name/eval.json" ] && return
-    mkdir -p runs "results/$name"
+    [ -f "results/runs/$name/eval.json" ] && return
+    mkdir -p runs
     exec 8> "$start.lock"; flock -n 8 || { echo "$start is being made elsewhere"; return 1; }
     if [ ! -d "$start" ]; then
         python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start" \
@@ -85,16 +98,10 @@ runs() {
     # best effort: taught the expert's own labels first, up to an hour a game
     echo best points24-best-seed1 1000 3000 --seed 1
     echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
-    # every token its own ratio
-    for seed in 1 2 3; do
-        for task in numberline ezpoints; do
-            echo train $task-token-seed$seed 1000 --model pocket --task $task --ratio token --seed $seed
-        done
-    done
     # frozen vision features and an MLP over the actions
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
-            echo train $task-cnn-seed$seed ${games[$task]} --task $task --model cnn --no-cot --seed $seed
+            echo features $task-features-seed$seed ${games[$task]} --task $task --seed $seed
         done
     done
     # one setting at a time; the settings were chosen before, on training curves (results/README.md)
@@ -105,6 +112,6 @@ runs() {
     done
 }
 
-export -f train evaluate best
+export -f train features learn finish evaluate best
 mkdir -p results/baselines
 runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
