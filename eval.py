@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Decision(NamedTuple):
     choice: Choice
 
 
-def evaluate(player, task, episodes, seed, num_envs=64, cot=True, watch=None):
+def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None) -> dict:
     """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (results/README.md).
 
     num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is None);
@@ -123,7 +124,7 @@ def evaluate(player, task, episodes, seed, num_envs=64, cot=True, watch=None):
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
-def wilson(successes, trials, z=1.96):
+def wilson(successes, trials, z=1.96) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share.
 
     >>> [round(bound, 3) for bound in wilson(50, 100)]
@@ -136,7 +137,7 @@ def wilson(successes, trials, z=1.96):
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def rate(truths):
+def rate(truths: Iterable[bool]) -> float | None:
     """The share of a list that is true, None of an empty one."""
     truths = list(truths)
     return float(np.mean(truths)) if truths else None

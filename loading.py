@@ -25,7 +25,7 @@ class ModelError(RuntimeError):
     """A model that cannot be used; the message says why and what to do."""
 
 
-def load_model(name, bits=32, device="cpu"):
+def load_model(name: str, bits=32, device="cpu"):
     """Return (model, processor) of a hub name or a folder.
 
     bits: 4 (NF4 with double quantisation), 16 (bfloat16) or 32. Raises ModelError with advice.
@@ -79,7 +79,7 @@ class Loaded:
     why: str = ""           # what to tell the user of it
 
 
-def open_model(model="auto", bits="auto"):
+def open_model(model="auto", bits="auto") -> Loaded:
     """Return Loaded for a command line's words.
 
     model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a

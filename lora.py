@@ -41,7 +41,7 @@ PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projec
          "language": "model.language_model."}
 
 
-def add_lora(model, rank, alpha, target_modules, generator):
+def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:
     """Replace every linear layer of the parts in target_modules (keys of PARTS) by its LoRALinear; freeze all else.
 
     Returns {module path: LoRALinear}, in the model's order. The output head is in no part: it stays as it is.
@@ -98,7 +98,7 @@ def base_name(folder):
     return json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
-def adapter_settings(folder):
+def adapter_settings(folder) -> dict:
     """The Policy arguments (rank, alpha, target_modules) that fit a folder of adapters."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     paths = config["target_modules"]

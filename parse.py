@@ -8,12 +8,15 @@ Does not handle: tokens (policy.py finds the token where the action part begins)
 """
 
 import re
+from collections.abc import Sequence
+
+import numpy as np
 
 ACTION = re.compile(r'"\s*action\s*"\s*:\s*"([^"]*)"', re.IGNORECASE)
 ACTION_KEY = re.compile(r'"\s*action\s*"\s*:', re.IGNORECASE)
 
 
-def make_prompt(env, info, cot=True):
+def make_prompt(env, info: dict, cot=True) -> str:
     """Return v_in for the present state: the task, the legal actions, the answer's format.
 
     cot=False asks for the action alone (the paper's ablation). The legal actions are asked of the environment now.
@@ -25,7 +28,7 @@ def make_prompt(env, info, cot=True):
             f'Answer in JSON: {{{thoughts}"action": "one of the actions"}}')
 
 
-def make_answer(action, thoughts=None):
+def make_answer(action: str, thoughts: str | None = None) -> str:
     """Return v_out as a demonstration writes it; without thoughts, the action alone.
 
     >>> make_answer("hit", "I choose hit.")
@@ -35,7 +38,7 @@ def make_answer(action, thoughts=None):
     return f'{{{head}"action": "{action}"}}'
 
 
-def parse(text, actions):
+def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     """Return (action, start): the legal action that the text names or None, and where its action part begins.
 
     text: any string whatever; actions: the legal actions' texts. The first `"action": "a"` with a legal a counts,
@@ -55,7 +58,7 @@ def parse(text, actions):
     return None, key.start() if key else len(text)
 
 
-def choose(text, actions, generator):
+def choose(text: str, actions: Sequence[str], generator: np.random.Generator) -> tuple[int, bool, int]:
     """Return (index of the action to play, whether the text named it, start): f(v_out) of the paper.
 
     generator: a numpy Generator, drawn from only for the uniform fallback.
@@ -70,7 +73,7 @@ def choose(text, actions, generator):
     return list(actions).index(action), True, start
 
 
-def json_closed(text):
+def json_closed(text: str) -> bool:
     """Whether the first JSON object in the text is complete: generation may stop.
 
     >>> json_closed('{"thoughts": "a } in a string"'), json_closed('{"action": "hit"}')

@@ -67,13 +67,13 @@ def value_loss(values, returns):
     return 0.5 * ((values - returns) ** 2).mean()
 
 
-def explained_variance(values, returns):
+def explained_variance(values, returns) -> float | None:
     """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant; None if R is constant."""
     variance = returns.var()
     return None if variance == 0 else (1 - (returns - values).var() / variance).item()
 
 
-def by_length(prompts, responses, size, indices=None):
+def by_length(prompts, responses, size, indices=None) -> list[list[int]]:
     """Split sample indices into groups of `size` of similar length, longest first: less padding, same sums."""
     indices = range(len(prompts)) if indices is None else indices
     order = sorted(indices, key=lambda i: (-len(prompts[i].ids) - len(responses[i]), i))
@@ -87,7 +87,7 @@ def minibatches(samples, size, epochs, generator):
         yield from (order[k:k + size] for k in range(0, samples, size))
 
 
-def ppo_update(policy, optimizer, rollout, settings, generator):
+def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator) -> dict:
     """Improve the policy on one rollout; return diagnostics: means over the minibatches that the policy looked at.
 
     policy: anything with `logprobs(prompts, responses) → (logp, mask, value)`, `prompt_hidden` and `value_head`, such

@@ -30,8 +30,8 @@ class Choice(NamedTuple):
     action_start: int = None    # the token where the action part begins
 
 
-def act(policy, games, pictures, infos, generator, fallback, cot=True, max_new_tokens=256, greedy=False,
-        batch_size=64):
+def act(policy, games: list, pictures, infos: list[dict], generator: torch.Generator, fallback: np.random.Generator,
+        cot=True, max_new_tokens=256, greedy=False, batch_size=64):
     """Let the policy answer in one state of each of several games, `batch_size` answers at a time.
 
     generator: torch.Generator for the tokens; fallback: numpy Generator for answers that name no legal action.
@@ -76,7 +76,7 @@ class Rollout:
     returns: torch.Tensor = None        # (S,)
 
 
-def collect(policy, games, settings, sampling, fallback, progress=lambda steps: None):
+def collect(policy, games: list, settings, sampling, fallback, progress=lambda steps: None) -> Rollout:
     """Play num_steps of every game and return the Rollout. sampling, fallback: act's two generators."""
     L, N = settings.num_steps, len(games)
     rollout = Rollout(*torch.zeros(3, L, N))
@@ -106,7 +106,7 @@ def collect(policy, games, settings, sampling, fallback, progress=lambda steps: 
 
 
 @torch.no_grad()
-def score_rollout(policy, rollout, settings):
+def score_rollout(policy, rollout: Rollout, settings):
     """Fill in old_logp, old_values and part_logp; fit the value head's inputs on a run's first rollout."""
     if not policy.value_head.fitted:
         policy.value_head.fit(parallel.concat(_batched(policy.prompt_hidden, rollout.prompts, settings).float()))
@@ -122,7 +122,7 @@ def score_rollout(policy, rollout, settings):
         rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
 
 
-def add_advantages(policy, rollout, settings):
+def add_advantages(policy, rollout: Rollout, settings):
     """Fill in advantages and returns, by GAE over each game's steps; advantages are normalised over the rollout."""
     values = rollout.old_values.view_as(rollout.rewards)                                    # (L, N)
     next_values = torch.cat([values[1:], _batched(policy.value, rollout.last_prompts, settings)[None]])
@@ -139,7 +139,7 @@ def add_advantages(policy, rollout, settings):
     rollout.advantages = (rollout.advantages - everyones.mean()) / spread
 
 
-def play_metrics(rollout, settings):
+def play_metrics(rollout: Rollout, settings) -> dict:
     """What the rollout shows of the policy, as plain values (README of results/, "Metrics"), over all processes."""
     def everyones(numbers):
         return parallel.concat(torch.tensor(numbers, dtype=torch.float64)).numpy()

@@ -140,7 +140,8 @@ def _help(entry):
     default, by_size = entry.default, entry.metadata["by_size"]
     if by_size:
         default = f"{by_size['small']} pocket, {by_size['large']} else"
-    return entry.metadata["help"] + ("" if default is None else f" [{default}]")
+    text = entry.metadata["help"] + ("" if default is None else f" [{default}]")
+    return text.replace("%", "%%")                          # argparse formats it
 
 
 def read_settings(cls, description, arguments=None):

@@ -11,6 +11,7 @@ that start near the paper's SFT row. LoRA adapters by default; --full trains all
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Demonstration:
     answer: str             # v_out
 
 
-def demonstrations(task, seed, label_noise=0.0, cot=True, shown=0.3):
+def demonstrations(task: str, seed: int, label_noise=0.0, cot=True, shown=0.3) -> Iterator[Demonstration]:
     """Yield Demonstrations of a task for ever, from the expert's play.
 
     label_noise: share of labels that are uniform over the legal actions; the thoughts end in the label, right or not.
@@ -85,13 +86,13 @@ def captions(task, seed):
             picture, info = game.reset()
 
 
-def mixed(sources, batch, generator):
+def mixed(sources: list[Iterator], batch: int, generator: np.random.Generator) -> Iterator[list]:
     """Yield lists of `batch` Demonstrations, each from a source drawn at random."""
     while True:
         yield [next(sources[i]) for i in generator.integers(len(sources), size=batch)]
 
 
-def finetune(policy, batches, steps, lr, warmup=30, micro_batch_size=16, title="sft"):
+def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_batch_size=16, title="sft"):
     """Minimise −log π(answer) a token over `steps` batches with AdamW, warm-up and a cosine to zero.
 
     batches: an iterator over lists of Demonstrations. Returns the losses, a float a step.

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -464,6 +465,24 @@ def test_experts_reach_their_exact_values_in_play(task, expected, games):
     tolerance = 3.3 * math.sqrt(expected * (1 - expected) / games)
     assert result["success"] == pytest.approx(expected, abs=tolerance + 1e-12)
     assert result["expert_agreement"] == 1.0
+
+
+def test_every_symbol_that_some_solution_continues_is_the_experts():
+    """Against brute force: a symbol is best where some text of the target's value begins with the formula and it."""
+    info = {"numbers": [2, 10], "formula": [], "target": 12}
+    assert set(expert.best_actions("ezpoints", info)) == {"2", "10"}
+    assert expert.best_actions("ezpoints", info | {"formula": ["2"]}) == ["+"]
+    assert expert.best_actions("ezpoints", info | {"formula": ["2", "*"]}) == ["="]        # lost: given up
+    info = {"numbers": [1, 2, 3, 4], "formula": [], "target": 24}
+    texts = {f"{a}{x}{b}{y}{c}{z}{d}" for a, b, c, d in itertools.permutations("1234")
+             for x, y, z in itertools.product("+-*/", repeat=3)}
+    right = {text for text in texts if evaluate(re.findall(r"\d|.", text)) == 24}          # those without brackets
+    assert right and {text[0] for text in right} <= set(expert.best_actions("points24", info))
+    for text in right:
+        for k in range(1, len(text)):
+            assert text[k] in expert.best_actions("points24", info | {"formula": list(text[:k])})
+    for symbol in set(GAMES["points24"]().actions) - set(expert.best_actions("points24", info)) - {"="}:
+        assert not any(formula[0] == symbol for formula in solutions((1, 2, 3, 4), 24))
 
 
 @pytest.mark.parametrize("task", ["ezpoints", "points24"])
@@ -1231,6 +1250,17 @@ def test_bad_settings_are_refused_in_words(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cls", [Settings, sft.SFTSettings, features.FeatureSettings])
+def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
+    text = " ".join(run_settings.make_parser(cls).format_help().split())
+    for entry in dataclasses.fields(cls):
+        flag = "--" + entry.name.replace("_", "-")
+        assert (f" {flag}" in text) == entry.metadata["flag"], flag
+        if entry.metadata["flag"]:
+            assert len(entry.metadata["help"]) > 5
+            assert entry.metadata["by_size"] is None or f"[{entry.metadata['by_size']['small']} pocket" in text
+
+
 def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(
         Settings(task="ezpoints", seed=4))))
@@ -1283,6 +1313,12 @@ def test_an_episode_can_be_drawn(tmp_path, capsys):
     with draw.Image.open(tmp_path / "game.png") as strip:
         assert strip.width == 760 and strip.height >= 600 and strip.height % 300 == 0
     assert json.loads((tmp_path / "game.json").read_text())["episodes"] == 1
+    picture, frames = GAMES["blackjack"]().reset(seed=0)[0], []
+    for named in (True, False):                                         # an action drawn at random is marked
+        film = evaluation.Film()
+        film(picture, playing.Choice("hit", 1, named, "no idea"), 0)
+        frames.append(np.asarray(film.frames[0]))
+    assert not np.array_equal(*frames)
 
 
 def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys):
@@ -1299,6 +1335,19 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
         with pytest.raises(SystemExit) as stop:
             sft.main(["--task", "numberline", "--rank", "4", "--out", str(tmp_path / "b"), *more])
         assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+def test_a_run_is_evaluated_without_the_adapters_that_it_started_from(tmp_path, capsys):
+    """The checkpoint holds all adapters and names their base: the SFT folder may be gone, and the run goes on too."""
+    sft.main(["--task", "numberline", "--model", "pocket", "--steps", "1", "--batch-size", "4", "--rank", "4", "--out",
+              str(tmp_path / "sft")])
+    command = ["--task", "numberline", "--num-envs", "8", "--num-steps", "2", "--eval-episodes", "0",
+               "--max-new-tokens", "20", "--out", str(tmp_path / "run")]
+    train.main([*command, "--model", str(tmp_path / "sft"), "--total-timesteps", "16"])
+    shutil.rmtree(tmp_path / "sft")
+    evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "4"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 4
+    train.main([*command, "--resume"])                                  # finished: nothing to do, and no error
 
 
 def test_full_fine_tuning_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def card_value(rank):
     return 1 if rank == "A" else 10 if rank in ("J", "Q", "K") else int(rank)
 
 
-def continuations(task, info):
+def continuations(task: str, info: dict) -> list[tuple[str, ...]]:
     """All that completes the formula so far to a solution, the simplest solution's first: tuples, "=" last."""
     so_far = tuple(info["formula"])
     return [(*tokens[len(so_far):], "=")
@@ -102,7 +102,7 @@ def continuations(task, info):
             if tokens[:len(so_far)] == so_far]
 
 
-def best_actions(task, info):
+def best_actions(task: str, info: dict) -> list[str]:
     """Return the texts of all best actions in the state that `info` tells, the simplest first.
 
     Blackjack: best for wins, not for the return. Formula games: every next symbol of some solution (one without
@@ -119,7 +119,7 @@ def best_actions(task, info):
     return list(dict.fromkeys(tokens[0] for tokens in continuations(task, info))) or ["="]
 
 
-def expert_action(task, info):
+def expert_action(task: str, info: dict) -> str:
     """Return the text of the action that the expert plays: the first of the best ones."""
     return best_actions(task, info)[0]
 
@@ -134,12 +134,12 @@ def reading(task, info):
     return f"The cards are {' '.join(info['cards'])},"
 
 
-def reads_right(task, text, info):
+def reads_right(task: str, text: str, info: dict) -> bool:
     """Whether the answer says what the picture shows, card for card, in the demonstrations' words."""
     return reading(task, info) in text
 
 
-def thoughts(task, info, action):
+def thoughts(task: str, info: dict, action: str) -> str:
     """Return the chain of thought that ends in choosing `action`, right or not.
 
     >>> thoughts("blackjack", {"dealer": "7", "hand": ["A", "4"], "total": 15, "usable_ace": True}, "hit")
@@ -158,7 +158,7 @@ def thoughts(task, info, action):
     return f"{seen} I choose {action}."
 
 
-def planned(text):
+def planned(text: str) -> list[str]:
     """The symbols that an answer plans to write next on a formula game, "=" with them; [] where it names none.
 
     >>> planned("Now '(' then '3+9)*2='. I choose 3.")
@@ -168,6 +168,6 @@ def planned(text):
     return re.findall(r"\d+|[-+*/()=]", match[1]) if match else []
 
 
-def plan_right(plan, info):
+def plan_right(plan: list[str], info: dict) -> bool:
     """Whether a plan makes the formula so far a right one."""
     return plan[-1:] == ["="] and is_right([*info["formula"], *plan[:-1]], info["numbers"], info["target"])

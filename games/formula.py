@@ -6,13 +6,14 @@ A formula is a sequence of tokens, each a number or one of + - * / ( ), exactly 
 Does not handle: cards, rewards (env.py); unary minus and numbers written digit by digit: no game has them.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
-def evaluate(tokens):
+def evaluate(tokens: Sequence[str]) -> Fraction | None:
     """Return the value of the formula as a Fraction, or None if it is not a formula or divides by zero.
 
     Grammar: sum = product {(+|-) product};  product = atom {(*|/) atom};  atom = number | "(" sum ")".
@@ -66,7 +67,7 @@ def evaluate(tokens):
     return value if position == len(tokens) else None
 
 
-def is_right(tokens, numbers, target):
+def is_right(tokens: Sequence[str], numbers: Sequence[int], target: int) -> bool:
     """Whether the formula uses every number once and reaches the target.
 
     >>> is_right(["2", "+", "10"], [10, 2], 12), is_right(["12"], [10, 2], 12)
@@ -85,7 +86,7 @@ def _apply(left, operator, right):
 
 
 @cache
-def solutions(numbers, target, operators="+-*/"):
+def solutions(numbers: tuple[int, ...], target: int, operators="+-*/") -> tuple[tuple[str, ...], ...]:
     """Return all formulas that use every number once and reach the target, the simplest first.
 
     numbers: sorted tuple of ints; target: int. Each formula is a tuple of tokens with no needless brackets;
