@@ -14,27 +14,24 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from extras import parallel
+import parallel
 from loading import ModelError
 
 
-def begin_part(path):
-    """Return the place beside `path` where a file or folder is written first; what an interrupted try left goes."""
-    part = Path(path).with_name(Path(path).name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    return part
+def part_of(path) -> Path:
+    """The place beside `path` where a file or a folder is written first."""
+    return Path(path).with_name(Path(path).name + ".part")
 
 
-def put_in_place(part, path):
-    """Let what is whole appear under its own name, in one step that cannot be cut in two."""
-    os.replace(part, path)
+def put_in_place(path):
+    """Let what is whole now appear under its own name, in one step that cannot be cut in two."""
+    os.replace(part_of(path), path)
 
 
 def write_whole(path, text):
     """Write a text file that is never seen half written."""
-    part = begin_part(path)
-    part.write_text(text)
-    put_in_place(part, path)
+    part_of(path).write_text(text)
+    put_in_place(path)
 
 
 def append_line(path, row):
@@ -63,9 +60,11 @@ def newest_checkpoint(folder):
 def save(run, folder):
     """Write a checkpoint folder that appears whole or not at all, then drop the ones before."""
     whole = Path(folder) / f"checkpoint-{run.update:06d}"
-    part = Path(folder) / "checkpoint.part"
+    part = part_of(whole)
     if parallel.rank() == 0:
-        run.policy.save(begin_part(Path(folder) / "checkpoint"))
+        for left in Path(folder).glob("checkpoint-*.part"):             # of an interrupted try
+            shutil.rmtree(left)
+        run.policy.save(part)
         tensors = {}
         for index, state in run.optimizer.state_dict()["state"].items():
             tensors |= {f"{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
@@ -78,7 +77,7 @@ def save(run, folder):
         "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games]}))
     parallel.wait()
     if parallel.rank() == 0:
-        put_in_place(part, whole)
+        put_in_place(whole)
         for other in set(checkpoints(folder)) - {whole}:
             shutil.rmtree(other)
     parallel.wait()

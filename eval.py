@@ -95,7 +95,7 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
-    returns, goals, success = np.zeros((3, episodes))
+    returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     decisions, waiting = [], iter(range(episodes))
     tables = [Table(GAMES[task](), episode) for episode in itertools.islice(waiting, num_envs)]
     for table in tables:

@@ -16,15 +16,15 @@ ACTION = re.compile(r'"\s*action\s*"\s*:\s*"([^"]*)"', re.IGNORECASE)
 ACTION_KEY = re.compile(r'"\s*action\s*"\s*:', re.IGNORECASE)
 
 
-def make_prompt(env, info: dict, cot=True) -> str:
+def make_prompt(game, info: dict, cot=True) -> str:
     """Return v_in for the present state: the task, the legal actions, the answer's format.
 
-    cot=False asks for the action alone (the paper's ablation). The legal actions are asked of the environment now.
+    cot=False asks for the action alone (the paper's ablation). The legal actions are asked of the game now.
     """
-    env = env.unwrapped
-    task = f"{env.description} {env.state_text(info)}".strip()
+    game = game.unwrapped
+    task = f"{game.description} {game.state_text(info)}".strip()
     thoughts = '"thoughts": "what you see and why", ' if cot else ""
-    return (f"{task}\nActions: {' '.join(env.legal_actions())}\n"
+    return (f"{task}\nActions: {' '.join(game.legal_actions())}\n"
             f'Answer in JSON: {{{thoughts}"action": "one of the actions"}}')
 
 

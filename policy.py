@@ -81,7 +81,7 @@ def base_view(pictures, processor, side):
     return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def look(model, pixels):
+def encode_images(model, pixels):
     """(B, I, D): what the language model gets of the base views (B, 3, H, W), by vision tower and projector."""
     hidden = model.model.vision_tower(pixels.to(model.device, model.dtype), output_hidden_states=True).hidden_states
     return model.model.multi_modal_projector(hidden[model.config.vision_feature_layer][:, 1:])     # without CLS
@@ -91,7 +91,7 @@ def look(model, pixels):
 class Prompt:
     """What the model gets in one state of a game: stored when it is answered, scored as stored."""
     pixels: torch.Tensor            # (3, H, W) fp32, normalised, on the CPU
-    ids: list                       # P token ids, I image tokens among them
+    ids: list[int]                  # P token ids, I image tokens among them
     features: torch.Tensor = None   # (I, D) on the CPU, kept where vision tower and projector are frozen
 
 
@@ -198,10 +198,11 @@ class Policy(nn.Module):
     def image_features(self, prompts):
         """(B, I, D): of the prompts' pictures; looked at once where vision tower and projector are frozen."""
         if not self.vision_frozen:
-            return look(self.model, torch.stack([prompt.pixels for prompt in prompts]))
+            return encode_images(self.model, torch.stack([prompt.pixels for prompt in prompts]))
         if new := [prompt for prompt in prompts if prompt.features is None]:
-            for prompt, features in zip(new, look(self.model, torch.stack([prompt.pixels for prompt in new])).cpu()):
-                prompt.features = features
+            features = encode_images(self.model, torch.stack([prompt.pixels for prompt in new])).cpu()
+            for prompt, own in zip(new, features):
+                prompt.features = own
         return torch.stack([prompt.features for prompt in prompts]).to(self.device)
 
     def _body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
@@ -252,8 +253,8 @@ class Policy(nn.Module):
                  stopping_criterion: Callable[[str], bool] = None, greedy=False) -> list[list[int]]:
         """Sample an answer for each prompt; return the sampled ids, EOS included where it was drawn.
 
-        generator: on the policy's device. stopping_criterion: a function of the text so far that ends an answer
-        (parse.json_closed). greedy=True takes the likeliest token instead of a draw.
+        generator: on the policy's device. stopping_criterion: a function of the text so far that ends an answer, asked
+        after each token that has a "}" in it (parse.json_closed). greedy=True: the likeliest token, not a draw.
         """
         ids, mask, positions, _, _ = self._collate(prompts)
         self._set_mode(train=False)

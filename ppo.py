@@ -8,11 +8,9 @@ value belongs to its own observation and prompt, answers are scored under the pr
 Does not handle: playing (rollout.py), scoring tokens (policy.py), several optimisers, recurrent policies.
 """
 
-import itertools
-
 import torch
 
-from extras import parallel
+import parallel
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
@@ -80,11 +78,10 @@ def by_length(prompts, responses, size, indices=None) -> list[list[int]]:
     return [order[k:k + size] for k in range(0, len(order), size)]
 
 
-def minibatches(samples, size, epochs, generator):
-    """Yield lists of `size` of the sample indices 0, 1, …, samples − 1; each epoch has all of them in a new order."""
-    for _ in range(epochs):
-        order = torch.randperm(samples, generator=generator).tolist()
-        yield from (order[k:k + size] for k in range(0, samples, size))
+def minibatches(samples, size, epochs, generator) -> list[list[int]]:
+    """Lists of `size` of the sample indices 0, 1, …, samples − 1; each epoch has all of them in a new order."""
+    orders = [torch.randperm(samples, generator=generator).tolist() for _ in range(epochs)]
+    return [order[k:k + size] for order in orders for k in range(0, samples, size)]
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator) -> dict:
@@ -99,14 +96,13 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
     history = []                                            # a row of diagnostics for each minibatch
     batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(), settings.update_epochs,
                           generator)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4)
         for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch_size, batch):
             logp, mask, values = policy.logprobs([rollout.prompts[i] for i in group],
                                                  [rollout.responses[i] for i in group])     # (B, T), (B, T), (B,)
-            starts, old_logp, advantages, returns = (column[group].to(logp.device) for column in (      # each (B,)
-                rollout.action_starts, rollout.old_logp, rollout.advantages, rollout.returns))
+            starts, old_logp, advantages, returns = rollout.columns(group, logp.device)     # each (B,)
             new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
             v_loss = value_loss(values, returns)
@@ -115,8 +111,9 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
             sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
         norms = prepare_step(optimizer, sums, settings)
         history.append([*sums.tolist(), norms[0].item()])
-        if settings.target_kl and sums[2] > settings.target_kl:
-            learn_values(policy, optimizer, rollout, settings, itertools.chain([batch], batches))
+        _, _, approx_kl, _ = sums
+        if settings.target_kl and approx_kl > settings.target_kl:
+            learn_values(policy, optimizer, rollout, settings, batches[number:])
             break                                           # too far from the policy that sampled: no further step
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory

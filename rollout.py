@@ -4,8 +4,8 @@
     score_rollout(policy, rollout, settings)                              # log π and V of the policy that answered
     add_advantages(policy, rollout, settings)                             # A_t and returns, by ppo.gae
 
-Subtle, and wrong in the published code: a step's prompt is stored with it and scored as stored (on the formula games
-it changes every step), and an episode that ran out of time is worth V of its own last observation.
+Differs from the published code: a step's prompt is stored with it and scored as stored (on the formula games it changes
+every step), and an episode that ran out of time is worth V of its own last observation.
 Does not handle: learning (ppo.py), held-out games (eval.py).
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from extras import parallel
+import parallel
 from games.expert import reads_right
 from parse import choose, json_closed, make_prompt
 from ppo import answer_logprob, by_length, explained_variance, gae
@@ -75,11 +75,16 @@ class Rollout:
     advantages: torch.Tensor = None     # (S,) normalised
     returns: torch.Tensor = None        # (S,)
 
+    def columns(self, indices, device):
+        """action_starts, old_logp, advantages and returns of some samples, each (B,)."""
+        return [column[indices].to(device)
+                for column in (self.action_starts, self.old_logp, self.advantages, self.returns)]
+
 
 def collect(policy, games: list, settings, sampling, fallback, progress=lambda steps: None) -> Rollout:
     """Play num_steps of every game and return the Rollout. sampling, fallback: act's two generators."""
     L, N = settings.num_steps, len(games)
-    rollout = Rollout(*torch.zeros(3, L, N))
+    rollout = Rollout(rewards=torch.zeros(L, N), terminated=torch.zeros(L, N), truncated=torch.zeros(L, N))
     observations = [game.observe() for game in games]
     for t in range(L):
         pictures, infos = zip(*observations)
@@ -90,8 +95,8 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
         rollout.choices += choices
         rollout.infos += infos
         for n, (game, choice) in enumerate(zip(games, choices)):
-            picture, rollout.rewards[t, n], terminated, truncated, info = game.step(choice.index)
-            rollout.terminated[t, n], rollout.truncated[t, n] = terminated, truncated
+            picture, reward, terminated, truncated, info = game.step(choice.index)
+            rollout.rewards[t, n], rollout.terminated[t, n], rollout.truncated[t, n] = reward, terminated, truncated
             if truncated:
                 # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
                 rollout.cut_off.append((t, n, _encode(policy, [game], [(picture, info)], settings)[0]))

@@ -34,7 +34,7 @@ def fixed(default):
 @dataclass
 class ModelSettings:
     """What supervised fine-tuning and RL share."""
-    task: str = setting(None, "the game (needed, but for --resume)", choices=tuple(GAMES))
+    task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(GAMES))
     model: str = setting("auto", "auto, pocket, a hub name, a folder, or a folder of adapters from sft.py")
     bits: str = setting("auto", "of the frozen weights; auto: 4 on a GPU, 32 on a CPU and for the pocket model",
                         choices=("auto", "4", "16", "32"))
@@ -56,7 +56,8 @@ class Settings(ModelSettings):
     num_envs: int = setting(64, "games side by side")
     num_steps: int = setting(8, "steps of each game per update: 512 samples (paper: 1024 on the formula games)")
     max_new_tokens: int = setting(256, "longest answer")
-    play_batch_size: int = setting(None, "answers generated at once: memory only", small=64, large=16)
+    play_batch_size: int = setting(None, "answers generated at once, for memory (another size draws other tokens)",
+                                   small=64, large=16)
     # learning
     cot_lambda: float = setting(0.5, "λ, the weight of the thoughts' log-probability, 0 to 1")
     gamma: float = setting(0.9, "discount")
@@ -67,7 +68,8 @@ class Settings(ModelSettings):
     clip_coef: float = setting(0.1, "ε of the ratio")
     update_epochs: int = setting(4, "passes over a rollout")
     minibatch_size: int = setting(128, "answers per optimiser step")
-    micro_batch_size: int = setting(None, "answers per forward pass: memory only", small=64, large=4)
+    micro_batch_size: int = setting(None, "answers per forward pass, for memory (sums round otherwise)",
+                                    small=64, large=4)
     target_kl: float = setting(None, "the update ends when a minibatch's approximate KL exceeds this; 0: never",
                                small=0.1, large=0.0)
     lr: float = setting(None, "learning rate, falling on a cosine", small=2e-4, large=1e-5)
@@ -109,9 +111,9 @@ def fill_in(settings, small):
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 def add_flags(parser, cls, names=None):
-    """Add a flag for each field of a settings class (those named); what is not given is not in the parser's result."""
-    for entry in fields(cls):
-        if entry.metadata["flag"] and (names is None or entry.name in names):
+    """Add a flag for each field of a settings class, or for those named; what is not given is not in the result."""
+    for entry in [cls.__dataclass_fields__[name] for name in names or cls.__dataclass_fields__]:
+        if entry.metadata["flag"]:
             options = {"help": _help(entry), "default": argparse.SUPPRESS}
             if entry.type is bool:
                 options["action"] = argparse.BooleanOptionalAction

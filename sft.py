@@ -4,12 +4,13 @@
     python sft.py --task numberline --model llava-hf/llava-v1.6-mistral-7b-hf --bits 4 --steps 780 --out runs/sft-7b
 
 The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses.
-That is at temperature 1; playing and PPO then sharpen with their own. --label-noise is the share of action labels
+That is at temperature 1; RL has its own. --label-noise is the share of action labels
 replaced by uniformly random ones: 1.0 teaches reading and format but random play; extras/pocket.py has the shares
 that start near the paper's SFT row. LoRA adapters by default; --full trains all weights.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import begin_part, put_in_place
+from checkpoint import part_of, put_in_place
 from env import GAMES
-from games.expert import expert_action, reading, thoughts
+from games.expert import expert_action, thoughts
 from loading import ModelError, is_small, open_model
 from lora import PARTS, adapter_settings, save_adapters
 from parse import make_answer, make_prompt
@@ -32,12 +33,13 @@ from settings import ModelSettings, fill_in, make_parser, setting
 
 @dataclass
 class SFTSettings(ModelSettings):
+    task: str = setting(None, "the game (needed)", choices=tuple(GAMES))
     out: str = setting(None, "folder for the result: train.py --model takes it (needed)")
     label_noise: float = setting(0.0, "share of uniformly random action labels")
     full: bool = setting(False, "train all weights instead of LoRA adapters")
     steps: int = setting(300, "optimiser steps")
     batch_size: int = setting(64, "demonstrations per optimiser step")
-    micro_batch_size: int = setting(None, "demonstrations per forward pass: memory only", small=16, large=4)
+    micro_batch_size: int = setting(None, "demonstrations per forward pass, for memory", small=16, large=4)
     lr: float = setting(None, "at its height, after a warm-up (large: the paper's)", small=5e-4, large=2e-5)
     seed: int = setting(0, "fixes demonstrations and adapters")
 
@@ -49,11 +51,11 @@ class Demonstration:
     answer: str             # v_out
 
 
-def demonstrations(task: str, seed: int, label_noise=0.0, cot=True, shown=0.3) -> Iterator[Demonstration]:
+def demonstrations(task: str, seed: int, label_noise=0.0, cot=True) -> Iterator[Demonstration]:
     """Yield Demonstrations of a task for ever, from the expert's play.
 
     label_noise: share of labels that are uniform over the legal actions; the thoughts end in the label, right or not.
-    shown: share of the states that are yielded, so that neighbours in a batch come from different deals.
+    Three states in ten are yielded, so that neighbours in a batch come from different deals.
     Half of the games go on with the expert's action and half with the label's, so that both the good path and what
     comes after a mistake are seen. Points24 deals are always solvable, as in the paper's data.
     """
@@ -66,24 +68,13 @@ def demonstrations(task: str, seed: int, label_noise=0.0, cot=True, shown=0.3) -
         best = label = expert_action(task, info)
         if generator.random() < label_noise:
             label = legal[generator.integers(len(legal))]
-        if generator.random() < shown:
+        if generator.random() < 0.3:
             yield Demonstration(picture, make_prompt(game, info, cot),
                                 make_answer(label, thoughts(task, info, label) if cot else None))
         picture, _, terminated, truncated, info = game.step(legal.index(label if follow_label else best))
         if terminated or truncated:
             picture, info = game.reset()
             follow_label = generator.random() < 0.5
-
-
-def captions(task, seed):
-    """Yield Demonstrations that only say what the picture shows: the pocket model's first lesson (extras/pocket.py)."""
-    game, generator = GAMES[task](), np.random.default_rng([seed, len(task)])
-    picture, info = game.reset(seed=seed)
-    while True:
-        yield Demonstration(picture, "Read the picture.", make_answer(reading(task, info)))
-        picture, _, terminated, truncated, info = game.step(generator.integers(len(game.legal_actions())))
-        if terminated or truncated:
-            picture, info = game.reset()
 
 
 def mixed(sources: list[Iterator], batch: int, generator: np.random.Generator) -> Iterator[list]:
@@ -144,13 +135,14 @@ def teach(settings):
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
     finetune(policy, batches, settings.steps, settings.lr, micro_batch_size=settings.micro_batch_size,
              title=f"sft {settings.task}")
-    part = begin_part(settings.out)                         # the result appears whole or not at all
+    part = part_of(settings.out)                            # the result appears whole or not at all
+    shutil.rmtree(part, ignore_errors=True)
     if settings.full:
         loaded.model.save_pretrained(part)
         loaded.processor.save_pretrained(part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
-    put_in_place(part, settings.out)
+    put_in_place(settings.out)
 
 
 def find_problem(s):

@@ -3,7 +3,6 @@
     pytest test_all.py
 """
 
-import argparse
 import ast
 import copy
 import dataclasses
@@ -46,6 +45,7 @@ import checkpoint
 import eval as evaluation
 import loading
 import lora
+import parallel
 import parse
 import ppo
 import rollout as playing
@@ -53,7 +53,7 @@ import settings as run_settings
 import sft
 import train
 from env import GAMES
-from extras import bench, features, parallel, plot, pocket, shape7b, speed_ablation
+from extras import bench, features, plot, pocket, shape7b, speed_ablation
 from games import draw, expert
 from games.formula import evaluate, solutions
 from loading import POCKET, ModelError, load_model
@@ -1430,7 +1430,7 @@ def test_two_processes_learn_what_one_does_from_both_halves(shipped, tmp_path, m
     playing.add_advantages(run.policy, both, run.settings)
     batches = [[[i + 16 * (i // 16) + 16 * rank for i in batch]         # a process's sample i is both's that
                 for batch in ppo.minibatches(32, 12, 2, half.shuffling)] for rank, half in enumerate(runs)]
-    monkeypatch.setattr(ppo, "minibatches", lambda *_: iter([x + y for x, y in zip(*batches)]))
+    monkeypatch.setattr(ppo, "minibatches", lambda *_: [x + y for x, y in zip(*batches)])
     metrics = ppo.ppo_update(run.policy, run.optimizer, both, run.settings, run.shuffling)
     metrics |= playing.play_metrics(both, run.settings) | playing.value_metrics(both)
     assert 1 < metrics["minibatches"] < 6                               # the value head learned on alone, too
@@ -1552,25 +1552,25 @@ PARSERS = {"train.py": lambda: run_settings.make_parser(Settings), "eval.py": ev
            "sft.py": lambda: run_settings.make_parser(sft.SFTSettings), "-m extras.pocket": pocket.make_parser,
            "-m extras.features": lambda: run_settings.make_parser(features.FeatureSettings),
            "-m extras.bench": bench.make_parser, "-m extras.speed_ablation": speed_ablation.make_parser,
-           "-m extras.plot": lambda: argparse.ArgumentParser()}
+           "-m extras.plot": plot.make_parser}
 PAGES = ("README.md", "results/README.md", "results/tried/README.md", "extras/README.md")
 
 
 def test_the_readmes_worked_step_is_true(shipped):
+    """The answer that the snippet samples, and the figures that the method section gives for it."""
     agent, game = Policy(shipped[0], shipped[1], target_modules=(), temperature=0.5), GAMES["blackjack"]()
     picture, info = game.reset(seed=0)
-    text = '{"thoughts": "The dealer shows Q. My cards are 7 4, total 11. I choose hit.", "action": "hit"}'
-    prompts = agent.encode([picture], [parse.make_prompt(game, info)])
-    response = agent.encode_answers([text])[0][:-1]
-    action, start = parse.parse(text, game.legal_actions())
-    first = agent.action_start(response, start)
+    [prompt], [response], [choice] = playing.act(agent, [game], [picture], [info], torch.Generator().manual_seed(0),
+                                                 np.random.default_rng(0))
+    assert (len(prompt.ids), agent.image_tokens, len(response), choice.action_start) == (35, 25, 13, 10)
+    assert parse.parse(choice.text, game.legal_actions()) == (choice.action, 80)
     with torch.no_grad():
-        logp, mask, _ = agent.logprobs(prompts, [response])
-    weighted = ppo.answer_logprob(logp, mask, torch.tensor([first]), 0.5).item()
-    assert (len(prompts[0].ids), agent.image_tokens, len(response), action, start, first) == (35, 25, 13, "hit", 78, 10)
-    assert (logp[0, :first].sum().item(), weighted) == pytest.approx((-0.564, -0.282), abs=6e-4)
+        logp, mask, _ = agent.logprobs([prompt], [response])
+    weighted = ppo.answer_logprob(logp, mask, torch.tensor([10]), 0.5).item()
     readme = (HERE / "README.md").read_text()
-    assert text in readme and "−0.564" in readme and "−0.282" in readme
+    figures = (logp[0, :10].sum().item(), logp[0, 10:].sum().item(), weighted)
+    assert choice.text in readme and "character 80, token 10" in readme
+    assert all(f"{figure:.3f}".replace("-", "−") in readme for figure in figures), figures
 
 
 def test_the_readmes_snippet_plays_and_scores_one_step():

@@ -5,7 +5,7 @@
     python train.py --task points24 --out runs/p24 --resume
 
 `train` below is the loop: play, score, advantages, update, record, save. On one machine's CPU, a seed and the numbers
-of threads and processes (torchrun, extras/parallel.py) fix a run bit for bit, and a run killed at any moment and
+of threads and processes (torchrun, parallel.py) fix a run bit for bit, and a run killed at any moment and
 resumed ends as the run that was left alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl).
 Does not handle: several tasks at once.
 """
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 from checkpoint import append_line, checkpoints, keep_lines, load, save, write_whole
 from env import GAMES
 from eval import evaluate, model_player
-from extras import parallel
 from loading import ModelError, is_small, open_model
 from lora import PARTS, adapter_settings
 from policy import Policy

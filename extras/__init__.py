@@ -1,1 +1,1 @@
-"""What is not the method: the pocket model, a baseline, measurements, figures. See README.md here."""
+"""What is not the method: the pocket model, a baseline, measurements, figures. See README.md in this folder."""

@@ -21,7 +21,7 @@ from torch import nn
 
 from env import GAMES
 from loading import POCKET, load_model
-from policy import Prompt, ValueHead, base_view, look
+from policy import Prompt, ValueHead, base_view, encode_images
 from settings import Settings, fill_in, fixed, read_settings, setting
 from sft import demonstrations, mixed
 from train import launch
@@ -90,14 +90,14 @@ class FeaturePolicy(nn.Module):
         return logp, torch.ones_like(logp), self.value_head(hidden)
 
     @torch.no_grad()
-    def generate(self, prompts, generator, *limits):
+    def generate(self, prompts, generator, *_):
         """An answer of one token, the action's number, for each prompt: no limit of length ever matters."""
         return torch.multinomial(self._log_softmax(self.prompt_hidden(prompts)).exp(), 1, generator=generator).tolist()
 
     def decode(self, response):
         return json.dumps({"action": self.actions[response[0]]})
 
-    def action_start(self, *response_and_start):
+    def action_start(self, *_):
         """The one token is the action's."""
         return 0
 
@@ -115,7 +115,7 @@ def pocket_eyes():
     model, processor = load_model(str(POCKET))
     vision = model.config.vision_config
     size = (vision.image_size // vision.patch_size) ** 2 * model.config.text_config.hidden_size
-    return lambda pictures: look(model, base_view(pictures, processor, vision.image_size)), size
+    return lambda pictures: encode_images(model, base_view(pictures, processor, vision.image_size)), size
 
 
 def make_features(settings, checkpoint=None):

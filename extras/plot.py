@@ -7,6 +7,7 @@ to the highest seed. "a ± b" is the mean over seeds and half of its 95 % interv
 the runs that are there: `results/runs/TASK[-VARIANT]-seedN`.
 """
 
+import argparse
 import itertools
 import json
 import statistics
@@ -324,8 +325,17 @@ def tables():
             if (text := make())]
 
 
-if __name__ == "__main__":
+def make_parser():
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def main(arguments=None):
+    make_parser().parse_args(arguments)
     draw_curves(RESULTS / "curves.png")
     if lambdas():
         draw_lambda(RESULTS / "lambda.png")
     print(*tables(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,11 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from env import GAMES
+from games.expert import reading
 from loading import load_model
+from parse import make_answer
 from policy import Policy
-from sft import captions, demonstrations, finetune, mixed
+from sft import Demonstration, demonstrations, finetune, mixed
 
 SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens
 HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2
@@ -103,6 +105,17 @@ def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISI
     with torch.random.fork_rng(devices=[]):             # transformers draws weights from the global generator
         torch.manual_seed(seed)
         return LlavaNextForConditionalGeneration(config)
+
+
+def captions(task, seed):
+    """Yield Demonstrations that only say what the picture shows: the first lesson."""
+    game, generator = GAMES[task](), np.random.default_rng([seed, len(task)])
+    picture, info = game.reset(seed=seed)
+    while True:
+        yield Demonstration(picture, "Read the picture.", make_answer(reading(task, info)))
+        picture, _, terminated, truncated, info = game.step(generator.integers(len(game.legal_actions())))
+        if terminated or truncated:
+            picture, info = game.reset()
 
 
 def answers(noise, seed, streams=16):

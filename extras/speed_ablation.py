@@ -23,7 +23,7 @@ import rollout
 from extras import bench
 from extras.machine import machine
 from lora import LoRALinear
-from policy import Policy, look
+from policy import Policy, encode_images
 from settings import Settings
 from train import Run, make_policy
 
@@ -97,7 +97,7 @@ def unsorted():
 
 def look_anew(self, prompts):
     """Policy.image_features without keeping any."""
-    return look(self.model, torch.stack([prompt.pixels for prompt in prompts]))
+    return encode_images(self.model, torch.stack([prompt.pixels for prompt in prompts]))
 
 
 def choices():
