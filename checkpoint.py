@@ -91,6 +91,8 @@ def load(run, checkpoint):
             raise ModelError(f"{checkpoint} was written with {what} {plain[what]}, this is {now}: the random "
                              "numbers would differ; go on as it began, or start a new run")
     plain = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
+    if len(plain["games"]) != len(run.games):
+        raise ModelError(f"{checkpoint} holds {len(plain['games'])} games a process, this run has {len(run.games)}")
     run.policy.load(checkpoint)
     generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
     run.sampling.set_state(generators["sampling"])

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import newest_checkpoint, write_whole
+from checkpoint import newest_checkpoint
 from env import GAMES
 from games.expert import best_actions, continuations, expert_action, plan_right, planned, reads_right
 from loading import ModelError, is_small, open_model
@@ -209,12 +209,18 @@ class Film:
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
+PLAY_SETTINGS = ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature")
+
+
 def open_run(run):
     """Return (policy of a run's last checkpoint, the run's settings as a dict)."""
     last = newest_checkpoint(run)
     settings = json.loads((Path(run) / "config.json").read_text())
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
+    if missing := set(PLAY_SETTINGS) - set(settings):
+        raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
+                         "its config.json): evaluate it with that version")
     policy, _ = open_policy(str(last), settings["bits"], settings["temperature"])
     return policy, settings
 
@@ -247,14 +253,15 @@ def make_parser():
     parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode, as a GIF or a PNG")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
     settings = parser.add_argument_group("settings", "a run brings its own; the last three are for --model alone")
-    add_flags(settings, Settings, ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature"))
+    add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
 
 
 def make_player(options, given):
-    """Return (player, its name, whether it thinks aloud) for a command line; given: the settings that were chosen."""
+    """Return (player, its name, the settings to play with) for a command line; given: those that were chosen."""
+    settings = {"cot": True, "num_envs": Settings.num_envs, "max_new_tokens": Settings.max_new_tokens}
     if options.policy:
-        return scripted_player(options.policy, options.task, options.seed), options.policy, True
+        return scripted_player(options.policy, options.task, options.seed), options.policy, settings | given
     if options.run:
         policy, settings = open_run(options.run)
         name, settings = settings["out"], settings | given
@@ -263,9 +270,9 @@ def make_player(options, given):
     else:
         policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"))
         size = default_of(Settings, "play_batch_size", is_small(policy.model.config))
-        settings = {"cot": True, "max_new_tokens": Settings.max_new_tokens, "play_batch_size": size} | given
+        settings |= {"play_batch_size": size} | given
     return model_player(policy, options.seed, settings["cot"], settings["max_new_tokens"], options.greedy,
-                        settings["play_batch_size"]), name, settings["cot"]
+                        settings["play_batch_size"]), name, settings
 
 
 def check_options(options, given):
@@ -285,14 +292,13 @@ def check_options(options, given):
 
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__
-             and name not in ("task", "model", "seed", "out")}
+    given = {name: value for name, value in vars(options).items() if name in PLAY_SETTINGS and value != "auto"}
     film = Film() if options.render else None
     try:
         check_options(options, given)
-        player, name, cot = make_player(options, given)
-        result = evaluate(player, options.task, options.episodes, options.seed,
-                          given.get("num_envs", Settings.num_envs), cot, film)
+        player, name, settings = make_player(options, given)
+        result = evaluate(player, options.task, options.episodes, options.seed, settings["num_envs"], settings["cot"],
+                          film)
     except (ModelError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
     except torch.cuda.OutOfMemoryError:
@@ -304,7 +310,7 @@ def main(arguments=None):
     if film:
         film.save(options.render)
     if options.out:
-        write_whole(options.out, json.dumps(result) + "\n")
+        Path(options.out).write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
 
 

@@ -143,7 +143,7 @@ def prepare_step(optimizer, losses, settings):
     norms = [torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
              for group in optimizer.param_groups]
     if not (losses.isfinite().all() and all(norm.isfinite() for norm in norms)):
-        raise FloatingPointError(f"loss {losses.flatten()[0].item()}, norms of the gradients "
-                                 f"{[norm.item() for norm in norms]}: no step was taken and the last checkpoint is "
-                                 "intact; start a new run (--out) with a smaller --lr or --bits 32")
+        raise FloatingPointError(f"losses {losses.flatten()[:2].tolist()}, norms of the gradients "
+                                 f"{[norm.item() for norm in norms]}: no step was taken on this minibatch and the last "
+                                 "checkpoint is intact; start a new run (--out) with a smaller --lr or --bits 32")
     return norms

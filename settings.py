@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import parallel
 from env import GAMES
 from lora import PARTS
 
@@ -118,7 +119,7 @@ def add_flags(parser, cls, names=None):
             if entry.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif entry.type is tuple:
-                options |= {"type": _words, "metavar": "PART,PART"}
+                options |= {"type": _parts, "metavar": "PART,PART"}
             else:
                 options |= {"type": entry.type, "choices": entry.metadata["choices"]}
             parser.add_argument(_flag(entry.name), **options)
@@ -134,8 +135,13 @@ def _flag(name):
     return "--" + name.replace("_", "-")
 
 
-def _words(text):
-    return tuple(text.split(","))
+def _parts(text):
+    """Comma-separated parts in PARTS' own order; what is none comes last, for find_problem to name.
+
+    >>> _parts("language,vision")
+    ('vision', 'language')
+    """
+    return tuple(sorted(set(text.split(",")), key=lambda part: [*PARTS, part].index(part)))
 
 
 def _help(entry):
@@ -153,19 +159,23 @@ def read_settings(cls, description, arguments=None):
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     if "out" not in given and "task" in given:
-        given["out"] = f"runs/{given['task']}-seed{given.get('seed', cls.seed)}"
+        variant = "" if cls.model == "auto" else f"-{cls.model}"
+        given["out"] = f"runs/{given['task']}{variant}-seed{given.get('seed', cls.seed)}"
     config = Path(given.get("out", "")) / "config.json"
-    if resume and "out" in given and config.exists():
+    exists = "out" in given and config.exists()
+    if resume and exists:
         settings = _stored_settings(cls, config, given, parser)
     elif "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
     else:
         settings = cls(**given)
+        if resume:
+            parallel.say(f"there is no run in {config.parent} yet: this starts one")
     if problem := find_problem(settings):
         parser.error(problem)
-    if config.exists() and not resume:
+    if exists and not resume:
         parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")
-    return settings, resume
+    return settings, resume and exists
 
 
 def _stored_settings(cls, config, given, parser):
@@ -175,8 +185,8 @@ def _stored_settings(cls, config, given, parser):
     # another play_batch_size draws other tokens).
     free = ("out", "micro_batch_size", "play_batch_size", "save_every")
     if unknown := set(stored) ^ {entry.name for entry in fields(cls)}:
-        parser.error(f"{config} was written by another version of this program ({', '.join(sorted(unknown))} "
-                     "differ): finish the run with that version, or start a new one with --out")
+        parser.error(f"{config} was written by another program or version ({', '.join(sorted(unknown))} "
+                     "differ): finish the run with that one, or start a new one with --out")
     stored["target_modules"] = stored["target_modules"] and tuple(stored["target_modules"])
     other = [name for name, value in given.items() if name not in free and value not in (stored[name], "auto")]
     if other:
@@ -201,8 +211,8 @@ def find_problem(s):
                  "reward_scale", "max_grad_norm"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             return f"{_flag(name)} must be above 0"
-    for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor"):
-        if (getattr(s, name) or 0) < 0:
+    for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "taught"):
+        if (getattr(s, name, 0) or 0) < 0:
             return f"{_flag(name)} must not be negative"
     if s.batch_size < 2:
         return "--num-envs × --num-steps must be 2 or more: advantages are normalised over a rollout"

@@ -165,8 +165,9 @@ def make_policy(settings, checkpoint=None, loaded=None):
 
     checkpoint: a folder whose adapters go on, and which names their base. loaded: a loading.Loaded to use as it is.
     """
-    loaded = loaded or open_model(checkpoint or settings.model, settings.bits)
-    parallel.say(f"model: {loaded.why}")
+    if loaded is None:
+        loaded = open_model(checkpoint or settings.model, settings.bits)
+        parallel.say(f"model: {loaded.why}")
     if checkpoint is None:
         settings.model = loaded.name
     settings.bits = loaded.bits

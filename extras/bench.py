@@ -29,7 +29,7 @@ from lora import PARTS, LoRALinear
 from parse import make_prompt
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout
-from settings import Settings, add_flags, default_of
+from settings import Settings, add_flags, default_of, find_problem
 from train import Run, make_policy
 
 RANDOM_7B = "llava-7b-random"
@@ -175,7 +175,7 @@ def main(arguments=None):
     parser = make_parser()
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in ("num_envs", "num_steps") if hasattr(options, name)}
-    for name in ("updates", "answer_tokens", "baseline_samples", "memory_gb", *given):
+    for name in ("updates", "answer_tokens", "baseline_samples", "memory_gb"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,7 +183,10 @@ def main(arguments=None):
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gb / total))
     # lr 0 and no early end: every update does the same work on the same policy
-    settings = Settings(task=options.task, model=options.model, lr=0.0, value_lr=0.0, target_kl=0.0, **given)
+    settings = Settings(task=options.task, model=options.model, target_kl=0.0, **given)
+    if problem := find_problem(settings):
+        parser.error(problem)
+    settings.lr = settings.value_lr = 0.0
     figures = {"model": options.model, "task": options.task, "num_envs": settings.num_envs,
                "num_steps": settings.num_steps, "measured": True, **machine(device)}
     try:

@@ -26,6 +26,7 @@ def published_update(run, rollout, samples, longest):
     gradients. Measured on the first `samples` steps after one to warm up, scaled to the rollout; optimiser steps apart.
     """
     settings, policy, device = run.settings, run.policy, run.policy.device
+    policy._set_mode(train=False)                           # whatever the last pass left
     stored = list(zip(rollout.prompts, rollout.responses))
 
     def images(prompt):

@@ -22,6 +22,7 @@ import ppo
 import rollout
 from extras import bench
 from extras.machine import machine
+from loading import open_model
 from lora import LoRALinear
 from policy import Policy, encode_images
 from settings import Settings
@@ -129,7 +130,7 @@ def measure(repeats, num_steps, task="blackjack"):
     for name, (changed, context) in choices().items():
         settings = Settings(task=task, model="pocket", num_steps=num_steps, lr=0.0, value_lr=0.0, target_kl=0.0,
                             **changed)
-        runs[name] = context, Run(settings, make_policy(settings))
+        runs[name] = context, Run(settings, make_policy(settings, loaded=open_model("pocket")))
     fastest = {name: [float("inf")] * 2 for name in runs}
     for _, (name, (context, run)) in itertools.product(range(repeats), runs.items()):
         with context():
