@@ -1069,7 +1069,7 @@ def test_what_is_not_finite_stops_the_run_before_a_step(column, value, message):
     policy, options = Bandit(), bandit_settings(minibatch_size=64)
     rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
     rollout.advantages[5] = 2.0
-    getattr(rollout, column)[5] = value                                 # the ratio nan, or infinite and clipped; V's goal
+    getattr(rollout, column)[5] = value                                 # ratio nan, or infinite and clipped; or V
     with pytest.raises(FloatingPointError, match=message):
         ppo.ppo_update(policy, torch.optim.Adam(policy.groups(logits=0.1, worth=0.1)), rollout, options,
                        torch.Generator())
