@@ -178,13 +178,13 @@ class Policy(nn.Module):
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [list(row) + [self.tokenizer.eos_token_id] for row in ids]
 
-    def _collate(self, prompts, responses=None):
+    def _collate(self, prompts, responses=None, shape=None):
         """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (B, P+T), P and T.
 
-        Every prompt ends at P-1 and every response begins at P, whatever their lengths.
+        Every prompt ends at P-1 and every response begins at P, whatever their lengths. shape: P and T are its.
         """
         responses = responses or [[] for _ in prompts]
-        P, T = max(len(p.ids) for p in prompts), max(len(r) for r in responses)
+        _, P, T = shape or (None, max(len(p.ids) for p in prompts), max(len(r) for r in responses))
         ids = torch.zeros(len(prompts), P + T, dtype=torch.long)                  # 0 under a mask of 0 is any id
         mask = torch.zeros_like(ids)
         for row, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -220,16 +220,21 @@ class Policy(nn.Module):
         logits = F.linear(hidden.float(), self.model.get_output_embeddings().weight.float()) / self.temperature
         return logits.masked_fill(self.suppress_tokens, -torch.inf).log_softmax(-1)
 
-    def logprobs(self, prompts: list[Prompt], responses: list[list[int]]):
+    def logprobs(self, prompts: list[Prompt], responses: list[list[int]], shape=None):
         """Score responses: the single function for old, new and supervised answers.
 
+        shape: (rows, P, T) that the batch is padded to (rollout.padded_shapes); without one, to its own longest.
         Returns logp (B, T) fp32, the log-probability of each response token given all before it, 0 where padded;
         mask (B, T) float, 1 on response tokens; value (B,) fp32, read at the last prompt token (before any response
         token, so it cannot see what was answered).
         """
-        ids, mask, positions, P, T = self._collate(prompts, responses)
+        B = len(prompts)
+        if shape:                                           # what is missing is filled up, and left out of the result
+            prompts, responses = ([*part, *part[:1] * (shape[0] - B)] for part in (prompts, responses))
+        ids, mask, positions, P, T = self._collate(prompts, responses, shape)
         self._set_mode(train=self.gradient_checkpointing and torch.is_grad_enabled())
-        hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
+        hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state[:B]
+        ids, mask = ids[:B], mask[:B]
         value = self.value_head(hidden[:, P - 1])                                 # (B,)
         logp = self._log_softmax(hidden[:, P - 1:P + T - 1])                      # position t-1 predicts token t
         logp = logp.gather(-1, ids[:, P:, None]).squeeze(-1)                      # (B, T)
@@ -262,7 +267,7 @@ class Policy(nn.Module):
         position = positions[:, -1:]
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
-        for _ in range(max_new_tokens):
+        for length in range(1, max_new_tokens + 1):
             logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, V)
             if greedy:
                 drawn = logp.argmax(-1, keepdim=True)
@@ -276,7 +281,7 @@ class Policy(nn.Module):
                     self.decode(responses[row]))
                 if closed or token == self.tokenizer.eos_token_id:
                     unfinished.discard(row)
-            if not unfinished:
+            if not unfinished or length == max_new_tokens:
                 break
             mask, position = F.pad(mask, (0, 1), value=1), position + 1
             output = self._body(drawn, mask, position, cache=output.past_key_values, use_cache=True)

@@ -71,13 +71,6 @@ def explained_variance(values, returns) -> float | None:
     return None if variance == 0 else (1 - (returns - values).var() / variance).item()
 
 
-def by_length(prompts, responses, size, indices=None) -> list[list[int]]:
-    """Split sample indices into groups of `size` of similar length, longest first: less padding, same sums."""
-    indices = range(len(prompts)) if indices is None else indices
-    order = sorted(indices, key=lambda i: (-len(prompts[i].ids) - len(responses[i]), i))
-    return [order[k:k + size] for k in range(0, len(order), size)]
-
-
 def minibatches(samples, size, epochs, generator) -> list[list[int]]:
     """Lists of `size` of the sample indices 0, 1, …, samples − 1; each epoch has all of them in a new order."""
     orders = [torch.randperm(samples, generator=generator).tolist() for _ in range(epochs)]
@@ -87,23 +80,25 @@ def minibatches(samples, size, epochs, generator) -> list[list[int]]:
 def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator) -> dict:
     """Improve the policy on one rollout; return diagnostics: means over the minibatches that the policy looked at.
 
-    policy: anything with `logprobs(prompts, responses) → (logp, mask, value)`, `prompt_hidden` and `value_head`, such
-    as policy.Policy. optimizer: its first group of parameters is the policy's, its second the value head's.
+    policy: anything with `logprobs(prompts, responses, shape) → (logp, mask, value)`, `prompt_hidden` and `value_head`,
+    such as policy.Policy. optimizer: its first group of parameters is the policy's, its second the value head's.
     rollout: rollout.Rollout, scored and with advantages. settings: settings.Settings. generator: torch.Generator on the
     CPU, for the order of samples. Under torchrun every process passes its own samples, 1/size of each minibatch.
     Raises FloatingPointError where a loss or a gradient is not finite.
     """
-    history = []                                            # a row of diagnostics for each minibatch
+    history, ratio_error = [], 0.0                          # diagnostics of each minibatch; max |ρ − 1| before a step
     batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(), settings.update_epochs,
                           generator)
     for number, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4)
-        for group in by_length(rollout.prompts, rollout.responses, settings.micro_batch_size, batch):
-            logp, mask, values = policy.logprobs([rollout.prompts[i] for i in group],
-                                                 [rollout.responses[i] for i in group])     # (B, T), (B, T), (B,)
+        for group, shape in rollout.micro_batches(batch):
+            logp, mask, values = policy.logprobs([rollout.prompts[i] for i in group],       # (B, T), (B, T), (B,)
+                                                 [rollout.responses[i] for i in group], shape)
             starts, old_logp, advantages, returns = rollout.columns(group, logp.device)     # each (B,)
             new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
+            if number == 0:                                 # no step yet: the same policy as in the rollout
+                ratio_error = max(ratio_error, ((new_logp - old_logp).exp() - 1).abs().max().item())
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
             v_loss = value_loss(values, returns)
             share = len(group) / len(batch)                 # subtle: so micro-batches add up to the minibatch's mean
@@ -118,7 +113,8 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
-    return {**dict(zip(names, torch.tensor(history).mean(0).tolist())), "minibatches": len(history)}
+    means = torch.tensor(history).mean(0).tolist()
+    return {**dict(zip(names, means)), "minibatches": len(history), "ratio_error": ratio_error}
 
 
 def learn_values(policy, optimizer, rollout, settings, batches):

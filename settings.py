@@ -79,7 +79,7 @@ class Settings(ModelSettings):
     max_grad_norm: float = setting(1.0, "policy's and value head's gradients are each scaled down to this (ours)")
     # keeping
     save_every: int = setting(1, "a checkpoint every so many updates")
-    eval_episodes: int = setting(1000, "held-out games at the start and at the end; 0 for none")
+    eval_episodes: int = setting(None, "held-out games at the start and at the end; 0 for none", small=1000, large=200)
     eval_seed: int = setting(10_000, "they are dealt by this seed and the following ones")
 
     @property

@@ -27,7 +27,6 @@ from loading import ModelError, is_small, open_model
 from lora import PARTS, adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
-from ppo import by_length
 from settings import ModelSettings, fill_in, make_parser, setting
 
 
@@ -75,6 +74,12 @@ def demonstrations(task: str, seed: int, label_noise=0.0, cot=True) -> Iterator[
         if terminated or truncated:
             picture, info = game.reset()
             follow_label = generator.random() < 0.5
+
+
+def by_length(prompts, responses, size) -> list[list[int]]:
+    """Split sample indices into groups of `size` of similar length, longest first: less padding, same sums."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids) - len(responses[i]), i))
+    return [order[k:k + size] for k in range(0, len(order), size)]
 
 
 def mixed(sources: list[Iterator], batch: int, generator: np.random.Generator) -> Iterator[list]:

@@ -118,10 +118,22 @@ def record(run, folder, rollout, learned, spent, bar):
     append_line(folder / "timing.jsonl", {"update": run.update, "rollout_s": round(spent[0], 2),
                                           "update_s": round(spent[1], 2)})
     draw_curve(folder)
+    if metrics["ratio_error"] > 0.02:
+        bar.write(f"warning: before any step ratios are off by {metrics['ratio_error']:.3f}, PPO clips at "
+                  f"{run.settings.clip_coef}: this machine's arithmetic depends on the batch; try --bits 32")
     bar.write(f"step {head['env_steps']}: plays {choice.action}{'' if choice.named else ' (drawn at random)'}, "
-              f"reward {reward:g}\n  {choice.text}")
+              f"reward {reward:g}\n  {printable(choice.text)}")
     bar.set_postfix({key: f"{metrics[key]:.3f}" for key in ("success", "return_mean", "parse_rate")
                      if metrics[key] is not None})
+
+
+def printable(text: str) -> str:
+    """The text without anything that a terminal obeys.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def held_out(run, when, path):
@@ -129,12 +141,16 @@ def held_out(run, when, path):
     settings = run.settings
     if parallel.rank() or not settings.eval_episodes:
         return None
-    print(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …", flush=True)
-    player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
-                          batch_size=settings.play_batch_size)
-    result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
-                      settings.cot)
-    write_whole(path, json.dumps(result) + "\n")
+    if path.exists():                                       # of this very policy: a run was resumed here
+        result = json.loads(path.read_text())
+    else:
+        print(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …", flush=True)
+        player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
+                              batch_size=settings.play_batch_size)
+        with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
+            result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
+                              settings.cot, watch=lambda picture, choice, episode: bar.update(choice is None))
+        write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
     print(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
           f"answers parsed {100 * result['parse_rate']:.1f} %"

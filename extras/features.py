@@ -83,7 +83,7 @@ class FeaturePolicy(nn.Module):
         wide = self.wide(self.value_head.standardised(hidden)).relu()
         return self.narrow(wide).log_softmax(-1)                        # (B, number of actions)
 
-    def logprobs(self, prompts, responses):
+    def logprobs(self, prompts, responses, _shape=None):
         """As Policy.logprobs: logp (B, 1), mask (B, 1), value (B,)."""
         hidden = self.prompt_hidden(prompts)
         logp = self._log_softmax(hidden).gather(1, torch.tensor(responses))

@@ -12,13 +12,11 @@ import argparse
 import contextlib
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import ppo
 import rollout
 from extras import bench
 from extras.machine import machine
@@ -30,15 +28,14 @@ from train import Run, make_policy
 
 
 # ---- the ways it is not done -----------------------------------------------------------------------------------------
-def as_they_come(prompts, responses, size, indices=None):
-    """ppo.by_length without the sorting."""
-    order = list(range(len(prompts)) if indices is None else indices)
-    return [order[k:k + size] for k in range(0, len(order), size)]
+def own_padding(logprobs, self, prompts, responses, shape=None):
+    """Policy.logprobs, each micro-batch padded to its own longest: in bf16 the ratio is then not 1 before a step."""
+    return logprobs(self, prompts, responses)
 
 
-def head_everywhere(self, prompts, responses):
+def head_everywhere(self, prompts, responses, shape=None):
     """Policy.logprobs with the head and the softmax on every position, the prompt's too."""
-    ids, mask, positions, P, T = self._collate(prompts, responses)
+    ids, mask, positions, P, T = self._collate(prompts, responses, shape)
     self._set_mode(train=False)
     hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
     logp = self._log_softmax(hidden)[:, P - 1:P + T - 1].gather(-1, ids[:, P:, None]).squeeze(-1)
@@ -46,15 +43,17 @@ def head_everywhere(self, prompts, responses):
     return torch.where(mask > 0, logp, 0.0), mask, self.value_head(hidden[:, P - 1])
 
 
-def value_apart(logprobs, self, prompts, responses):
+def value_apart(logprobs, self, prompts, responses, shape=None):
     """Policy.logprobs with the value from a pass of its own, over the prompt alone."""
-    logp, mask, _ = logprobs(self, prompts, responses)
+    logp, mask, _ = logprobs(self, prompts, responses, shape)
     return logp, mask, self.value_head(self.prompt_hidden(prompts))
 
 
 def scored_alone(score, self, rollout, settings):
     """rollout.score_rollout, one answer at a time."""
-    return score(self, rollout, replace(settings, micro_batch_size=1))
+    shapes, rollout.shapes = rollout.shapes, [shape._replace(rows=1) for shape in rollout.shapes]
+    score(self, rollout, settings)
+    rollout.shapes = shapes
 
 
 def scaled_wide(layer, x):
@@ -90,12 +89,6 @@ def around(where, name, wrapper):
     return swapped(where, name, lambda *arguments: wrapper(before, *arguments))
 
 
-@contextlib.contextmanager
-def unsorted():
-    with swapped(ppo, "by_length", as_they_come), swapped(rollout, "by_length", as_they_come):
-        yield
-
-
 def look_anew(self, prompts):
     """Policy.image_features without keeping any."""
     return encode_images(self.model, torch.stack([prompt.pixels for prompt in prompts]))
@@ -105,7 +98,7 @@ def choices():
     """{name: (changed settings, a context to play and learn in)}; the first is the way it is done."""
     found = {name: ({}, context) for name, context in {
         "as shipped": contextlib.nullcontext,
-        "answers not sorted by length": unsorted,
+        "micro-batches padded to their own longest": lambda: around(Policy, "logprobs", own_padding),
         "head on every position": lambda: swapped(Policy, "logprobs", head_everywhere),
         "value from a pass of its own": lambda: around(Policy, "logprobs", value_apart),
         "old log-probabilities one by one": lambda: around(bench, "score_rollout", scored_alone),
