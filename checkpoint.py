@@ -7,9 +7,11 @@
 files (policy.py).
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -57,6 +59,46 @@ def newest_checkpoint(folder):
     return checkpoints(folder)[-1]
 
 
+def replace_checkpoint(whole):
+    """Put a checkpoint folder that was written to its part_of in place, and drop the ones before."""
+    put_in_place(whole)
+    for other in set(checkpoints(whole.parent)) - {whole}:
+        shutil.rmtree(other)
+
+
+def save_optimizer(optimizer, folder):
+    """Adam's moments and step counts; the rates are the caller's to set."""
+    tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, Path(folder) / "optimizer.safetensors")
+
+
+def load_optimizer(optimizer, folder):
+    moments = {}
+    for name, tensor in load_file(Path(folder) / "optimizer.safetensors").items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextlib.contextmanager
+def held_back_interrupt():
+    """Ctrl-C waits: yields a function that tells whether one came. A second one stops at once."""
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def save(run, folder):
     """Write a checkpoint folder that appears whole or not at all, then drop the ones before."""
     whole = Path(folder) / f"checkpoint-{run.update:06d}"
@@ -65,10 +107,7 @@ def save(run, folder):
         for left in Path(folder).glob("checkpoint-*.part"):             # of an interrupted try
             shutil.rmtree(left)
         run.policy.save(part)
-        tensors = {}
-        for index, state in run.optimizer.state_dict()["state"].items():
-            tensors |= {f"{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, part / "optimizer.safetensors")
+        save_optimizer(run.optimizer, part)
     parallel.wait()
     save_file({"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()},
               part / f"generators{parallel.rank()}.safetensors")
@@ -77,9 +116,7 @@ def save(run, folder):
         "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games]}))
     parallel.wait()
     if parallel.rank() == 0:
-        put_in_place(whole)
-        for other in set(checkpoints(folder)) - {whole}:
-            shutil.rmtree(other)
+        replace_checkpoint(whole)
     parallel.wait()
 
 
@@ -97,11 +134,7 @@ def load(run, checkpoint):
     generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
     run.sampling.set_state(generators["sampling"])
     run.shuffling.set_state(generators["shuffling"])
-    moments = {}
-    for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-        index, key = name.split(".", 1)
-        moments.setdefault(int(index), {})[key] = tensor
-    run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    load_optimizer(run.optimizer, checkpoint)
     run.update, run.fallback.bit_generator.state = plain["update"], plain["fallback"]
     for game, state in zip(run.games, plain["games"]):
         game.set_state(state)

@@ -68,22 +68,35 @@ def _config(name):
 
 
 @dataclass
-class Loaded:
-    """What a command line's --model and --bits stand for."""
-    model: nn.Module
-    processor: object
+class Found:
+    """What a command line's --model and --bits stand for, before any weights are read."""
     name: str               # the model's, "auto" resolved
     bits: str               # "4", "16" or "32", "auto" resolved
     base: str               # the model's without adapters: what adapters of it are made for
-    adapters: str = None    # the folder of adapters to go on with, where name is one
-    why: str = ""           # what to tell the user of it
+    adapters: str | None    # the folder of adapters to go on with, where name is one
+    folder: str             # what transformers loads the base from: a folder or a hub name
+    config: object          # transformers' configuration of it
+    device: str
+    why: str                # what to tell the user of it
 
 
-def open_model(model="auto", bits="auto") -> Loaded:
-    """Return Loaded for a command line's words.
+@dataclass
+class Loaded:
+    """A Found with its model and processor."""
+    model: nn.Module
+    processor: object
+    name: str
+    bits: str
+    base: str
+    adapters: str | None = None
+    why: str = ""
+
+
+def find_model(model="auto", bits="auto") -> Found:
+    """Return Found for a command line's words.
 
     model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
-    model folder, or a folder of adapters that sft.py wrote: then the base they were made for is loaded.
+    model folder, or a folder of adapters that sft.py or train.py wrote: then the base they were made for.
     bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
     """
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -92,14 +105,22 @@ def open_model(model="auto", bits="auto") -> Loaded:
         large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
         name, other = (LLAVA_7B, "pocket") if large else ("pocket", LLAVA_7B)
         why = f"{name} ({'a' if large else 'no'} GPU with 20 GB is here; or --model {other})"
-    source, adapters = name, None
+    base, adapters = name, None
     if (Path(name) / "adapter_config.json").exists():
-        source, adapters = base_name(name), name
-        why = f"{source} with the adapters in {adapters}"
-    folder = str(POCKET) if source == "pocket" else source
+        base, adapters = base_name(name), name
+        why = f"{base} with the adapters in {adapters}"
+    folder = str(POCKET) if base == "pocket" else base
+    config = _config(folder)
     if bits == "auto":
-        bits = 4 if device != "cpu" and not is_small(_config(folder)) else 32
-    return Loaded(*load_model(folder, int(bits), device), name, str(bits), source, adapters, why)
+        bits = 4 if device != "cpu" and not is_small(config) else 32
+    return Found(name, str(bits), base, adapters, folder, config, device, why)
+
+
+def open_model(model="auto", bits="auto") -> Loaded:
+    """find_model, and its weights: on a GPU where there is one."""
+    found = find_model(model, bits)
+    model, processor = load_model(found.folder, int(found.bits), found.device)
+    return Loaded(model, processor, found.name, found.bits, found.base, found.adapters, found.why)
 
 
 def is_small(config):

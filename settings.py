@@ -40,8 +40,21 @@ class ModelSettings:
     bits: str = setting("auto", "of the frozen weights; auto: 4 on a GPU, 32 on a CPU and for the pocket model",
                         choices=("auto", "4", "16", "32"))
     rank: int = setting(None, "of the LoRA adapters, r; α = 2 r as in the paper", small=32, large=128)
+    target_modules: tuple = setting(None, f"the parts that have LoRA adapters and learn ({','.join(PARTS)})")
     cot: bool = setting(True, "chain of thought; --no-cot: the action alone, the paper's ablation")
     seed: int = setting(1, "fixes the whole run")
+
+    # Not fields: where the settings are kept in the run folder, and what of them may change in mid-run. Those are where
+    # to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and another
+    # play_batch_size draws other tokens).
+    file, variant = "config.json", ""
+    free = ("out", "micro_batch_size", "play_batch_size", "save_every")
+
+    def problem(self):
+        """What is wrong with the settings, in words, or None."""
+        if unknown := set(self.target_modules or ()) - set(PARTS):
+            return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
+        return None
 
 
 @dataclass
@@ -49,7 +62,6 @@ class Settings(ModelSettings):
     """A run of RL, whole. The paper's values are the large model's defaults, unless the help says otherwise."""
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
-    target_modules: tuple = setting(None, f"the parts that have LoRA adapters and learn ({','.join(PARTS)})")
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
     gradient_checkpointing: bool = setting(None, "less memory for more time", small=False, large=True)
     # playing
@@ -77,6 +89,9 @@ class Settings(ModelSettings):
     value_lr: float = setting(None, "the value head's, falling likewise", small=1e-3, large=1e-5)
     lr_end: float = setting(1e-9, "where both end")
     max_grad_norm: float = setting(1.0, "policy's and value head's gradients are each scaled down to this (ours)")
+    # before
+    sft_steps: int = setting(None, "batches of supervised fine-tuning before RL, from plain weights (sft.py)",
+                             small=0, large=100)
     # keeping
     save_every: int = setting(1, "a checkpoint every so many updates")
     eval_episodes: int = setting(None, "held-out games at the start and at the end; 0 for none", small=1000, large=200)
@@ -90,6 +105,28 @@ class Settings(ModelSettings):
     @property
     def num_updates(self):
         return self.total_timesteps // self.batch_size
+
+    def problem(self):
+        for name in ("total_timesteps", "num_steps", "num_envs", "update_epochs", "minibatch_size", "save_every",
+                     "max_new_tokens"):
+            if getattr(self, name) < 1:
+                return f"{_flag(name)} must be 1 or more"
+        for name in ("cot_lambda", "gamma", "gae_lambda", "clip_coef"):
+            if not 0 <= getattr(self, name) <= 1:
+                return f"{_flag(name)} must lie between 0 and 1"
+        for name in ("lr", "value_lr", "lr_end", "rank", "temperature", "micro_batch_size", "play_batch_size",
+                     "reward_scale", "max_grad_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                return f"{_flag(name)} must be above 0"
+        for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "taught", "sft_steps"):
+            if (getattr(self, name, 0) or 0) < 0:
+                return f"{_flag(name)} must not be negative"
+        if self.batch_size < 2:
+            return "--num-envs × --num-steps must be 2 or more: advantages are normalised over a rollout"
+        if self.total_timesteps < self.batch_size:
+            return (f"--total-timesteps {self.total_timesteps} is less than one rollout of {self.batch_size} "
+                    "(--num-envs × --num-steps): lower one of these")
+        return super().problem()
 
 
 def default_of(cls, name, small):
@@ -159,9 +196,8 @@ def read_settings(cls, description, arguments=None):
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     if "out" not in given and "task" in given:
-        variant = "" if cls.model == "auto" else f"-{cls.model}"
-        given["out"] = f"runs/{given['task']}{variant}-seed{given.get('seed', cls.seed)}"
-    config = Path(given.get("out", "")) / "config.json"
+        given["out"] = f"runs/{given['task']}{cls.variant}-seed{given.get('seed', cls.seed)}"
+    config = Path(given.get("out", "")) / cls.file
     exists = "out" in given and config.exists()
     if resume and exists:
         settings = _stored_settings(cls, config, given, parser)
@@ -171,7 +207,7 @@ def read_settings(cls, description, arguments=None):
         settings = cls(**given)
         if resume:
             parallel.say(f"there is no run in {config.parent} yet: this starts one")
-    if problem := find_problem(settings):
+    if problem := settings.problem():
         parser.error(problem)
     if exists and not resume:
         parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")
@@ -181,42 +217,13 @@ def read_settings(cls, description, arguments=None):
 def _stored_settings(cls, config, given, parser):
     """The settings in config.json, with those given that may change in mid-run."""
     stored = json.loads(config.read_text())
-    # Where to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and
-    # another play_batch_size draws other tokens).
-    free = ("out", "micro_batch_size", "play_batch_size", "save_every")
     if unknown := set(stored) ^ {entry.name for entry in fields(cls)}:
         parser.error(f"{config} was written by another program or version ({', '.join(sorted(unknown))} "
                      "differ): finish the run with that one, or start a new one with --out")
     stored["target_modules"] = stored["target_modules"] and tuple(stored["target_modules"])
-    other = [name for name, value in given.items() if name not in free and value not in (stored[name], "auto")]
+    other = [name for name, value in given.items() if name not in cls.free and value not in (stored[name], "auto")]
     if other:
         parser.error(f"--resume goes on with the run's own settings: {config} has "
                      f"{', '.join(f'{name} {stored[name]}, not {given[name]}' for name in other)}. Leave these flags "
-                     f"out ({', '.join(map(_flag, free[1:]))} may change), or start a new run with --out")
-    return cls(**(stored | {name: value for name, value in given.items() if name in free}))
-
-
-def find_problem(s):
-    """What is wrong with the settings of a run, in words, or None."""
-    if unknown := set(s.target_modules or ()) - set(PARTS):
-        return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
-    for name in ("total_timesteps", "num_steps", "num_envs", "update_epochs", "minibatch_size", "save_every",
-                 "max_new_tokens"):
-        if getattr(s, name) < 1:
-            return f"{_flag(name)} must be 1 or more"
-    for name in ("cot_lambda", "gamma", "gae_lambda", "clip_coef"):
-        if not 0 <= getattr(s, name) <= 1:
-            return f"{_flag(name)} must lie between 0 and 1"
-    for name in ("lr", "value_lr", "lr_end", "rank", "temperature", "micro_batch_size", "play_batch_size",
-                 "reward_scale", "max_grad_norm"):
-        if getattr(s, name) is not None and not getattr(s, name) > 0:
-            return f"{_flag(name)} must be above 0"
-    for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "taught"):
-        if (getattr(s, name, 0) or 0) < 0:
-            return f"{_flag(name)} must not be negative"
-    if s.batch_size < 2:
-        return "--num-envs × --num-steps must be 2 or more: advantages are normalised over a rollout"
-    if s.total_timesteps < s.batch_size:
-        return (f"--total-timesteps {s.total_timesteps} is less than one rollout of {s.batch_size} "
-                "(--num-envs × --num-steps): lower one of these")
-    return None
+                     f"out ({', '.join(map(_flag, cls.free[1:]))} may change), or start a new run with --out")
+    return cls(**(stored | {name: value for name, value in given.items() if name in cls.free}))

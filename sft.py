@@ -2,38 +2,53 @@
 
     python sft.py --task blackjack --model pocket --label-noise 0.5 --out runs/blackjack-sft
     python sft.py --task numberline --model llava-hf/llava-v1.6-mistral-7b-hf --bits 4 --steps 780 --out runs/sft-7b
+    python sft.py --out runs/sft-7b --resume           # after Ctrl-C, or after anything
 
 The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses.
 That is at temperature 1; RL has its own. --label-noise is the share of action labels
 replaced by uniformly random ones: 1.0 teaches reading and format but random play; extras/pocket.py has the shares
-that start near the paper's SFT row. LoRA adapters by default; --full trains all weights.
+that start near the paper's SFT row. LoRA adapters by default; --full trains all weights. train.py does this by itself
+before RL where it is given plain large weights.
 """
 
+import dataclasses
+import json
 import math
+import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from checkpoint import part_of, put_in_place
+from checkpoint import (
+    checkpoints,
+    held_back_interrupt,
+    load_optimizer,
+    part_of,
+    replace_checkpoint,
+    save_optimizer,
+    write_whole,
+)
 from env import GAMES
 from games.expert import expert_action, thoughts
 from loading import ModelError, is_small, open_model
 from lora import PARTS, adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
-from settings import ModelSettings, fill_in, make_parser, setting
+from settings import ModelSettings, fill_in, read_settings, setting
 
 
 @dataclass
 class SFTSettings(ModelSettings):
-    task: str = setting(None, "the game (needed)", choices=tuple(GAMES))
-    out: str = setting(None, "folder for the result: train.py --model takes it (needed)")
+    """A course of supervised fine-tuning, whole."""
+    out: str = setting(None, "folder for the result, which train.py --model takes (runs/TASK-sft-seedN)")
     label_noise: float = setting(0.0, "share of uniformly random action labels")
     full: bool = setting(False, "train all weights instead of LoRA adapters")
     steps: int = setting(300, "optimiser steps")
@@ -41,6 +56,22 @@ class SFTSettings(ModelSettings):
     micro_batch_size: int = setting(None, "demonstrations per forward pass, for memory", small=16, large=4)
     lr: float = setting(None, "at its height, after a warm-up (large: the paper's)", small=5e-4, large=2e-5)
     seed: int = setting(0, "fixes demonstrations and adapters")
+    save_every: int = setting(50, "a checkpoint every so many steps")
+
+    file, variant = "sft.json", "-sft"          # config.json is the model's, where --full writes one
+    free = ("out", "micro_batch_size", "save_every")
+
+    def problem(self):
+        if not 0 <= self.label_noise <= 1:
+            return "--label-noise is a share, 0 to 1"
+        for name in ("steps", "batch_size", "rank", "micro_batch_size", "lr", "save_every"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                return f"--{name.replace('_', '-')} must be above 0"
+        if self.full and (self.rank or self.target_modules):
+            return "--full trains all weights and has no adapters: leave --rank and --target-modules out"
+        if self.seed < 0:
+            return "--seed must not be negative"
+        return super().problem()
 
 
 @dataclass
@@ -88,98 +119,143 @@ def mixed(sources: list[Iterator], batch: int, generator: np.random.Generator) -
         yield [next(sources[i]) for i in generator.integers(len(sources), size=batch)]
 
 
-def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_batch_size=16, title="sft"):
+def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_batch_size=16, title="sft", folder=None,
+             save_every=50):
     """Minimise −log π(answer) a token over `steps` batches with AdamW, warm-up and a cosine to zero.
 
-    batches: an iterator over lists of Demonstrations. Returns the losses, a float a step.
+    batches: an iterator over lists of Demonstrations. folder: where to save, and to go on from what was saved there:
+    the same batches are dealt again up to it. Returns the losses, a float a step that was taken.
     """
-    parameters = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    parameters = dict(learning(policy))
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    done = load_lesson(parameters, optimizer, folder) if folder else 0
+    for _ in range(done):
+        next(batches)
     losses = []
-    bar = tqdm(range(steps), desc=title, disable=None)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = (
-            lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch = next(batches)
-        prompts = policy.encode([d.picture for d in batch], [d.prompt for d in batch])
-        answers = policy.encode_answers([d.answer for d in batch])
-        tokens, total = sum(map(len, answers)), 0.0
-        optimizer.zero_grad()
-        for group in by_length(prompts, answers, micro_batch_size):
-            logp, _, _ = policy.logprobs([prompts[i] for i in group], [answers[i] for i in group])
-            loss = -logp.sum() / tokens
-            loss.backward()
-            total += loss.item()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is {total} at step {step}: try a smaller --lr")
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(total)
-        bar.set_postfix(loss=f"{total:.3f}")
+    with held_back_interrupt() as interrupted, tqdm(total=steps, initial=done, desc=title, disable=None) as bar:
+        while done < steps:
+            optimizer.param_groups[0]["lr"] = (
+                lr * min(1, (done + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done / steps)))
+            losses.append(step(policy, parameters.values(), optimizer, next(batches), micro_batch_size))
+            done += 1
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if folder and (interrupted() or done % save_every == 0 or done == steps):
+                save_lesson(parameters, optimizer, done, folder)
+            if interrupted():
+                raise KeyboardInterrupt
     return losses
 
 
+def learning(policy):
+    """[(name, parameter)] of what supervised fine-tuning moves: all but the value head."""
+    return [(name, parameter) for name, parameter in policy.trainable() if not name.startswith("value_head")]
+
+
+def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
+    """One optimiser step on a batch of Demonstrations; return its loss."""
+    prompts = policy.encode([d.picture for d in batch], [d.prompt for d in batch])
+    answers = policy.encode_answers([d.answer for d in batch])
+    tokens, total = sum(map(len, answers)), 0.0
+    optimizer.zero_grad()
+    for group in by_length(prompts, answers, micro_batch_size):
+        logp, _, _ = policy.logprobs([prompts[i] for i in group], [answers[i] for i in group])
+        loss = -logp.sum() / tokens
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total}: no step was taken; try a smaller --lr")
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return total
+
+
+def save_lesson(parameters, optimizer, done, folder):
+    """A checkpoint folder of a course in mid-run, whole or not at all."""
+    whole = Path(folder) / f"checkpoint-{done:06d}"
+    for left in Path(folder).glob("checkpoint-*.part"):
+        shutil.rmtree(left)
+    part_of(whole).mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()},
+              part_of(whole) / "weights.safetensors")
+    save_optimizer(optimizer, part_of(whole))
+    replace_checkpoint(whole)
+
+
+def load_lesson(parameters, optimizer, folder) -> int:
+    """Take up the newest checkpoint, if there is one; return how many steps it has behind it."""
+    if not checkpoints(folder):
+        return 0
+    newest = checkpoints(folder)[-1]
+    stored = load_file(newest / "weights.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+    load_optimizer(optimizer, newest)
+    return int(newest.name.removeprefix("checkpoint-"))
+
+
 def teach(settings):
-    """Open the model, fine-tune it, and write the result to settings.out; ModelError where they do not fit."""
+    """Fine-tune what the settings name and leave the result in settings.out; ModelError where they do not fit.
+
+    What is there of an earlier try goes on; what is there whole stays as it is.
+    """
+    folder, begun = Path(settings.out), time.perf_counter()
+    last = "config.json" if settings.full else "adapter_config.json"
+    if (folder / last).exists():
+        print(f"{folder} is finished")
+        return
     loaded = open_model(settings.model, settings.bits)
-    print(f"model: {loaded.why}")
+    print(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations", flush=True)
     if settings.full and (loaded.adapters or loaded.bits != "32"):
         raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
-    lora, small = {"target_modules": () if settings.full else tuple(PARTS)}, is_small(loaded.model.config)
-    if loaded.adapters:
-        lora = adapter_settings(loaded.adapters)
-        if settings.rank not in (None, lora["rank"]):
-            raise ModelError(f"the adapters in {loaded.adapters} have rank {lora['rank']}: leave --rank out")
-        settings.rank = lora["rank"]
+    small = is_small(loaded.model.config)
+    lora = adapter_settings(loaded.adapters) if loaded.adapters else {}
+    for name in ("rank", "target_modules"):
+        if lora and getattr(settings, name) not in (None, lora[name]):
+            raise ModelError(f"the adapters in {loaded.adapters} have {name} {lora[name]}: leave the flag out")
     fill_in(settings, small)
-    policy = Policy(loaded.model, loaded.processor, **{"rank": settings.rank, **lora}, seed=settings.seed,
-                    gradient_checkpointing=not small, base_name=loaded.base)
+    if settings.full:
+        settings.rank, lora = None, {"target_modules": ()}
+    lora = lora or {"rank": settings.rank, "target_modules": settings.target_modules or tuple(PARTS)}
+    policy = Policy(loaded.model, loaded.processor, **lora, seed=settings.seed, gradient_checkpointing=not small,
+                    base_name=loaded.base)
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot)
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
     finetune(policy, batches, settings.steps, settings.lr, micro_batch_size=settings.micro_batch_size,
-             title=f"sft {settings.task}")
-    part = part_of(settings.out)                            # the result appears whole or not at all
+             title=f"sft {settings.task}", folder=folder, save_every=settings.save_every)
+    part = folder / "result.part"
     shutil.rmtree(part, ignore_errors=True)
     if settings.full:
         loaded.model.save_pretrained(part)
         loaded.processor.save_pretrained(part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
-    put_in_place(settings.out)
-
-
-def find_problem(s):
-    """What is wrong with the settings, in words, or None."""
-    for name in ("task", "out"):
-        if getattr(s, name) is None:
-            return f"--{name} is needed"
-    if not 0 <= s.label_noise <= 1:
-        return "--label-noise is a share, 0 to 1"
-    for name in ("steps", "batch_size", "rank", "micro_batch_size", "lr"):
-        if getattr(s, name) is not None and not getattr(s, name) > 0:
-            return f"--{name.replace('_', '-')} must be above 0"
-    if s.full and s.rank:
-        return "--full trains all weights and has no adapters: leave --rank out"
-    if s.seed < 0:
-        return "--seed must not be negative"
-    if Path(s.out).exists() and (Path(s.out).is_file() or any(Path(s.out).iterdir())):
-        return f"{s.out} is not empty: choose another --out"
-    return None
+    for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
+        os.replace(file, folder / file.name)
+    for left in (part, *checkpoints(folder)):
+        shutil.rmtree(left)
+    print(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
 
 
 def main(arguments=None):
-    parser = make_parser(SFTSettings, __doc__)
-    settings = SFTSettings(**vars(parser.parse_args(arguments)))
-    if problem := find_problem(settings):
-        parser.error(problem)
+    settings, resume = read_settings(SFTSettings, __doc__, arguments)
+    folder = Path(settings.out)
+    if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        sys.exit(f"sft.py: {folder} is not empty: choose another --out")
     try:
         teach(settings)
+    except KeyboardInterrupt:
+        sys.exit("\nsft.py: stopped; " + ("go on with the same command and --resume" if checkpoints(folder) else
+                                          "nothing was saved yet: start it again with the same command"))
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"sft.py: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit("sft.py: out of GPU memory: lower --micro-batch-size, or use --bits 4")
+        sys.exit("sft.py: out of GPU memory: lower --micro-batch-size and --resume, or use --bits 4")
 
 
 if __name__ == "__main__":

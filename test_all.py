@@ -1383,12 +1383,74 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
     assert result["success"] > 0.6                                      # from 27 %: the labels had no noise this time
     with pytest.raises(SystemExit):
         sft.main(["--task", "numberline", "--model", "pocket", "--out", str(tmp_path / "a")])
-    assert "not empty" in capsys.readouterr().err
+    assert "holds a run already" in capsys.readouterr().err
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "letter.txt").write_text("dear")
+    with pytest.raises(SystemExit, match="not empty"):
+        sft.main(["--task", "numberline", "--model", "pocket", "--out", str(tmp_path / "b")])
+    assert (tmp_path / "b" / "letter.txt").read_text() == "dear"
     for more, message in ((["--model", str(tmp_path / "a")], "have rank 8"),
                           (["--model", "pocket", "--full"], "has no adapters")):
         with pytest.raises(SystemExit) as stop:
-            sft.main(["--task", "numberline", "--rank", "4", "--out", str(tmp_path / "b"), *more])
+            sft.main(["--task", "numberline", "--rank", "4", "--out", str(tmp_path / "c"), *more])
         assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_fine_tuning_goes_on_after_ctrl_c_bit_for_bit(tiny, tmp_path, monkeypatch, full):
+    """A real SIGINT in mid-step: that step is finished and kept; the end is that of the course left alone."""
+    command = ["--task", "numberline", "--model", str(tiny), "--steps", "5", "--batch-size", "4", "--lr", "1e-2"]
+    command += ["--full", "--bits", "32"] if full else ["--rank", "2"]
+    sft.main([*command, "--out", str(tmp_path / "alone")])
+    taken, plain = [], sft.step
+
+    def interrupted(*arguments):
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    monkeypatch.setattr(sft, "step", interrupted)
+    with pytest.raises(SystemExit, match="--resume"):
+        sft.main([*command, "--out", str(tmp_path / "stopped")])
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "stopped")] == ["checkpoint-000003"]
+    with pytest.raises(ModelError):                                     # not whole: no model, no adapters
+        loading.find_model(str(tmp_path / "stopped"))
+    sft.main([*command, "--out", str(tmp_path / "stopped"), "--resume"])
+    assert len(taken) == 5
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "stopped").iterdir()) and "sft.json" in names
+    for name in names:
+        if name != "sft.json":
+            assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+    sft.main([*command, "--out", str(tmp_path / "stopped"), "--resume"])                # finished: left as it is
+    assert len(taken) == 5
+
+
+def test_rl_on_plain_weights_is_taught_the_format_first(tiny, tmp_path, monkeypatch, capsys):
+    """--sft-steps: both stages in one run folder, gone on with after a stop in the first, by the same command."""
+    command = ["--task", "numberline", "--model", str(tiny), "--sft-steps", "3", "--rank", "2", "--num-envs", "8",
+               "--num-steps", "2", "--total-timesteps", "32", "--eval-episodes", "4", "--max-new-tokens", "8",
+               "--out", str(tmp_path / "run")]
+    plain = sft.save_lesson
+
+    def stopping(parameters, optimizer, done, folder):
+        plain(parameters, optimizer, 1, folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(sft, "save_lesson", stopping)
+        with pytest.raises(SystemExit, match="go on with the same command and --resume"):
+            train.main(command)
+    train.main([*command, "--resume"])
+    assert "two stages: 3 batches" in capsys.readouterr().out
+    assert lora.base_name(tmp_path / "run" / "sft") == str(tiny)
+    assert len(plot.metrics(tmp_path / "run")) == 2
+    start = load_file(tmp_path / "run" / "sft" / "adapter_model.safetensors")
+    assert max(tensor.abs().max() for name, tensor in start.items() if "lora_B" in name) > 0
+    shutil.rmtree(tmp_path / "run" / "sft")
+    train.main([*command, "--resume"])                                  # finished; what it started from may be gone
+    assert [run_settings.default_of(Settings, "sft_steps", small) for small in (True, False)] == [0, 100]
 
 
 def stop_at(update, save):
@@ -1428,15 +1490,16 @@ def test_full_fine_tuning_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatc
 
     with monkeypatch.context() as killed:
         killed.setattr(processor, "save_pretrained", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="--resume"):
             sft.main(arguments)
-    assert not (tmp_path / "full").exists()
-    sft.main(arguments)
+    with pytest.raises(ModelError, match="cannot find a model"):
+        load_model(str(tmp_path / "full"))
+    sft.main([*arguments, "--resume"])
     before, after = (load_model(str(folder))[0].state_dict() for folder in (tiny, tmp_path / "full"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     for part in ("vision_tower", "projector", "language_model"):
         assert any(part in name for name in moved)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert not [path for path in (tmp_path / "full").iterdir() if path.is_dir()]
 
 
 def test_ppo_on_the_real_model_beats_its_start(shipped):

@@ -25,12 +25,13 @@ import parallel
 from checkpoint import append_line, checkpoints, keep_lines, load, save, write_whole
 from env import GAMES
 from eval import evaluate, model_player
-from loading import ModelError, is_small, open_model
+from loading import ModelError, find_model, is_small, open_model
 from lora import PARTS, adapter_settings
 from policy import Policy
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from settings import Settings, fill_in, read_settings
+from settings import Settings, default_of, fill_in, read_settings
+from sft import SFTSettings, teach
 
 
 class Run:
@@ -121,6 +122,9 @@ def record(run, folder, rollout, learned, spent, bar):
     if metrics["ratio_error"] > 0.02:
         bar.write(f"warning: before any step ratios are off by {metrics['ratio_error']:.3f}, PPO clips at "
                   f"{run.settings.clip_coef}: this machine's arithmetic depends on the batch; try --bits 32")
+    if run.update == 1:
+        minutes = (run.settings.num_updates - 1) * sum(spent) / 60
+        bar.write(f"the first update took {sum(spent):.0f} s: about {minutes:.0f} minutes to go, held-out games apart")
     bar.write(f"step {head['env_steps']}: plays {choice.action}{'' if choice.named else ' (drawn at random)'}, "
               f"reward {reward:g}\n  {printable(choice.text)}")
     bar.set_postfix({key: f"{metrics[key]:.3f}" for key in ("success", "return_mean", "parse_rate")
@@ -176,16 +180,33 @@ def draw_curve(folder):
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
+def teach_format(settings):
+    """The paper's first stage, where plain large weights need it; return the name of the model that RL starts from."""
+    found = find_model(settings.model, settings.bits)
+    settings.model = found.name
+    if settings.sft_steps is None:
+        settings.sft_steps = 0 if found.adapters else default_of(Settings, "sft_steps", is_small(found.config))
+    folder = Path(settings.out) / "sft"
+    if settings.sft_steps and not (folder / "adapter_config.json").exists() and parallel.rank() == 0:
+        parallel.say(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), "
+                     "then RL; the pocket model, which needs no GPU, is --model pocket")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder.parent / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+        teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
+                          target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
+                          out=str(folder), steps=settings.sft_steps))
+    parallel.wait()
+    return str(folder) if settings.sft_steps else settings.model
+
+
 def make_policy(settings, checkpoint=None, loaded=None):
     """Return the Policy that the settings name; what hangs on the model's size is filled in.
 
     checkpoint: a folder whose adapters go on, and which names their base. loaded: a loading.Loaded to use as it is.
     """
     if loaded is None:
-        loaded = open_model(checkpoint or settings.model, settings.bits)
+        loaded = open_model(checkpoint or teach_format(settings), settings.bits)
         parallel.say(f"model: {loaded.why}")
-    if checkpoint is None:
-        settings.model = loaded.name
     settings.bits = loaded.bits
     if loaded.adapters:
         lora = adapter_settings(loaded.adapters)
@@ -193,8 +214,6 @@ def make_policy(settings, checkpoint=None, loaded=None):
             if getattr(settings, name) not in (None, lora[name]):
                 raise ModelError(f"the adapters in {loaded.adapters} have {name} {lora[name]}: leave the flag out")
             setattr(settings, name, lora[name])
-    elif not is_small(loaded.model.config):
-        parallel.say("these are plain weights: without supervised fine-tuning first (sft.py) few answers may parse")
     fill_in(settings, is_small(loaded.model.config))
     settings.target_modules = settings.target_modules or tuple(PARTS)
     if not loaded.adapters:

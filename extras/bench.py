@@ -29,7 +29,7 @@ from lora import PARTS, LoRALinear
 from parse import make_prompt
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout
-from settings import Settings, add_flags, default_of, find_problem
+from settings import Settings, add_flags, default_of
 from train import Run, make_policy
 
 RANDOM_7B = "llava-7b-random"
@@ -184,7 +184,7 @@ def main(arguments=None):
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gb / total))
     # lr 0 and no early end: every update does the same work on the same policy
     settings = Settings(task=options.task, model=options.model, target_kl=0.0, **given)
-    if problem := find_problem(settings):
+    if problem := settings.problem():
         parser.error(problem)
     settings.lr = settings.value_lr = 0.0
     figures = {"model": options.model, "task": options.task, "num_envs": settings.num_envs,

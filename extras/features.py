@@ -40,6 +40,8 @@ class FeatureSettings(Settings):
     temperature: float = fixed(1.0)
     gradient_checkpointing: bool = fixed(False)
     max_new_tokens: int = fixed(1)
+    sft_steps: int = fixed(0)
+    variant = "-features"
 
 
 class FeaturePolicy(nn.Module):
