@@ -7,6 +7,7 @@ All errors are ModelErrors that say what to do. Does not handle: what is done wi
 weights (lora.py): only which base they belong to.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import cached_file
 
 from lora import base_name
 
@@ -90,13 +92,14 @@ class Loaded:
     base: str
     adapters: str | None = None
     why: str = ""
+    room: float = 0.0       # how many times its 16-bit weights fitted into the GPU's free memory before
 
 
 def find_model(model="auto", bits="auto") -> Found:
     """Return Found for a command line's words.
 
     model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
-    model folder, or a folder of adapters that sft.py or train.py wrote: then the base they were made for.
+    model folder, or a folder of adapters that sft.py or train.py wrote: then their base.
     bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
     """
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -112,15 +115,30 @@ def find_model(model="auto", bits="auto") -> Found:
     folder = str(POCKET) if base == "pocket" else base
     config = _config(folder)
     if bits == "auto":
-        bits = 4 if device != "cpu" and not is_small(config) else 32
-    return Found(name, str(bits), base, adapters, folder, config, device, why)
+        large = 16 if room(folder, config, device) >= 2.4 else 4
+        bits = 32 if device == "cpu" or is_small(config) else large
+    return Found(name, str(bits), base, adapters, folder, config, device, f"{why}, in {bits} bits")
+
+
+def room(folder, config, device) -> float:
+    """How many times the model's 16-bit weights fit into the GPU's free memory; 0 where their size is not known.
+
+    Training takes adapters, their moments and activations beside the weights: on paper 2.4 times the weights are enough
+    for 16 bits, and 4 times for doing without gradient checkpointing too. Not tried on a GPU.
+    """
+    stored = stored_bytes(folder)
+    if device == "cpu" or not stored:
+        return 0.0
+    weights = stored * 2 / (config.dtype or torch.float16).itemsize
+    return torch.cuda.mem_get_info(device)[0] / weights
 
 
 def open_model(model="auto", bits="auto") -> Loaded:
     """find_model, and its weights: on a GPU where there is one."""
     found = find_model(model, bits)
+    free = room(found.folder, found.config, found.device)
     model, processor = load_model(found.folder, int(found.bits), found.device)
-    return Loaded(model, processor, found.name, found.bits, found.base, found.adapters, found.why)
+    return Loaded(model, processor, found.name, found.bits, found.base, found.adapters, found.why, free)
 
 
 def is_small(config):
@@ -128,14 +146,25 @@ def is_small(config):
     return config.text_config.hidden_size < 1024
 
 
+def stored_bytes(name) -> int:
+    """Bytes of a model's weights: of a folder's files, or by a hub repository's small index; 0 if unknown."""
+    if Path(name).is_dir():
+        return sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    try:
+        index = cached_file(name, "model.safetensors.index.json")
+    except OSError:                                         # one file without an index, or no network
+        return 0
+    return json.loads(Path(index).read_text())["metadata"]["total_size"]
+
+
 def _check_memory(name, bits, device, stored_as):
-    """Refuse a folder of weights larger than the whole memory, before the machine swaps or kills the run."""
-    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
-    needed = stored * bits / (8 * stored_as.itemsize)
+    """Refuse weights that cannot fit, before a download begins and before the machine swaps or kills the run."""
+    needed = stored_bytes(name) * bits / (8 * stored_as.itemsize)
     if device == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        memory = torch.cuda.mem_get_info(device)[1]
+        memory = torch.cuda.mem_get_info(device)[0]
     if needed > memory:
-        raise ModelError(f"{name!r} needs about {needed / 2**30:.1f} GiB in {bits} bits and this machine has "
-                         f"{memory / 2**30:.1f}: try --bits 4, or use --model pocket")
+        raise ModelError(f"{name!r} needs about {needed / 2**30:.1f} GiB in {bits} bits and this "
+                         f"{'machine has' if device == 'cpu' else 'GPU has free'} {memory / 2**30:.1f}: try --bits 4, "
+                         "or use --model pocket")

@@ -101,11 +101,12 @@ class Policy(nn.Module):
 
     target_modules: the parts (keys of lora.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
     () is no adapters, all weights learn. temperature divides the logits in sampling and in scoring alike.
+    gradient_checkpointing: 0 for none, n for every n-th layer.
     base_name: what saved adapters name as the model that they were made for.
     """
 
     def __init__(self, model, processor, rank=32, alpha=None, target_modules=tuple(PARTS), temperature=1.0, seed=0,
-                 gradient_checkpointing=False, base_name="pocket"):
+                 gradient_checkpointing=0, base_name="pocket"):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
@@ -115,9 +116,9 @@ class Policy(nn.Module):
         self.lora = add_lora(model, rank, self.alpha, target_modules, generator) if target_modules else {}
         self.vision_frozen = bool(target_modules) and not {"vision", "projector"} & set(target_modules)
         self.value_head = ValueHead(model.config.text_config.hidden_size, generator).to(model.device)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(gradient_checkpointing))
         self._disable_dropout()
 
         vision = model.config.vision_config

@@ -63,7 +63,9 @@ class Settings(ModelSettings):
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
-    gradient_checkpointing: bool = setting(None, "less memory for more time", small=False, large=True)
+    gradient_checkpointing: int = setting(None, "less memory for more time: of every layer (1), of every second (2), "
+                                          "of none (0; also where a large model fits the GPU four times)",
+                                          small=0, large=1)
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all")
     num_envs: int = setting(64, "games side by side")
@@ -118,7 +120,8 @@ class Settings(ModelSettings):
                      "reward_scale", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 return f"{_flag(name)} must be above 0"
-        for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "taught", "sft_steps"):
+        for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "taught", "sft_steps",
+                     "gradient_checkpointing"):
             if (getattr(self, name, 0) or 0) < 0:
                 return f"{_flag(name)} must not be negative"
         if self.batch_size < 2:

@@ -838,8 +838,37 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
         loading._check_memory(str(tiny), 32, "cpu", torch.float16)
 
 
-def test_gradient_checkpointing_changes_nothing(agent, shipped):
-    saving = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=3, gradient_checkpointing=True)
+def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatch):
+    """A hub name's size is read from its index before any download; nothing here needs a GPU or a network."""
+    config = shape7b.llava_7b_config(shape7b.byte_processor())
+    config.dtype = torch.bfloat16
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 15_000_000_000}}))
+    free = [0]
+    for name, replacement in {"is_available": lambda: True, "current_device": lambda: 0,
+                              "get_device_properties": lambda _: SimpleNamespace(total_memory=free[0]),
+                              "mem_get_info": lambda _: (free[0], free[0])}.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    monkeypatch.setattr(loading, "_config", lambda name: config)
+    monkeypatch.setattr(loading, "cached_file", lambda name, file: index)
+    for free[0], model, bits in ((24e9, loading.LLAVA_7B, "4"), (40e9, loading.LLAVA_7B, "16"), (16e9, "pocket", "4")):
+        found = loading.find_model("auto")
+        assert (found.name, found.bits) == (model, bits if model != "pocket" else found.bits)
+    assert loading.room(loading.LLAVA_7B, config, "cuda:0") == pytest.approx(16 / 15)
+    with pytest.raises(ModelError, match="14.0 GiB in 16 bits and this GPU has free 9.3"):
+        free[0] = 10e9
+        loading.load_model(loading.LLAVA_7B, 16, "cuda:0")
+
+    def offline(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading, "cached_file", offline)
+    assert loading.stored_bytes(loading.LLAVA_7B) == 0 and loading.room(loading.LLAVA_7B, config, "cuda:0") == 0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_gradient_checkpointing_changes_nothing(agent, shipped, every):
+    saving = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=3, gradient_checkpointing=every)
     shake(agent), shake(saving)
     prompts, responses = samples_of(agent, 1)
     for one in (agent, saving):

@@ -186,8 +186,10 @@ def teach_format(settings):
     settings.model = found.name
     if settings.sft_steps is None:
         settings.sft_steps = 0 if found.adapters else default_of(Settings, "sft_steps", is_small(found.config))
+    if not settings.sft_steps:
+        return settings.model
     folder = Path(settings.out) / "sft"
-    if settings.sft_steps and not (folder / "adapter_config.json").exists() and parallel.rank() == 0:
+    if not (folder / "adapter_config.json").exists() and parallel.rank() == 0:
         parallel.say(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), "
                      "then RL; the pocket model, which needs no GPU, is --model pocket")
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def teach_format(settings):
                           target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
                           out=str(folder), steps=settings.sft_steps))
     parallel.wait()
-    return str(folder) if settings.sft_steps else settings.model
+    return str(folder)
 
 
 def make_policy(settings, checkpoint=None, loaded=None):
@@ -214,7 +216,10 @@ def make_policy(settings, checkpoint=None, loaded=None):
             if getattr(settings, name) not in (None, lora[name]):
                 raise ModelError(f"the adapters in {loaded.adapters} have {name} {lora[name]}: leave the flag out")
             setattr(settings, name, lora[name])
-    fill_in(settings, is_small(loaded.model.config))
+    small = is_small(loaded.model.config)
+    if settings.gradient_checkpointing is None and not small and loaded.room >= 4:
+        settings.gradient_checkpointing = 0
+    fill_in(settings, small)
     settings.target_modules = settings.target_modules or tuple(PARTS)
     if not loaded.adapters:
         lora = {"rank": settings.rank, "target_modules": settings.target_modules}

@@ -183,7 +183,7 @@ def main(arguments=None):
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gb / total))
     # lr 0 and no early end: every update does the same work on the same policy
-    settings = Settings(task=options.task, model=options.model, target_kl=0.0, **given)
+    settings = Settings(task=options.task, model=options.model, target_kl=0.0, sft_steps=0, **given)
     if problem := settings.problem():
         parser.error(problem)
     settings.lr = settings.value_lr = 0.0

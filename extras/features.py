@@ -38,7 +38,7 @@ class FeatureSettings(Settings):
     cot: bool = fixed(False)
     cot_lambda: float = fixed(1.0)
     temperature: float = fixed(1.0)
-    gradient_checkpointing: bool = fixed(False)
+    gradient_checkpointing: int = fixed(0)
     max_new_tokens: int = fixed(1)
     sft_steps: int = fixed(0)
     variant = "-features"

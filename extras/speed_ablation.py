@@ -110,7 +110,7 @@ def choices():
     frozen = {"target_modules": ("language",)}
     found["vision frozen, looked at anew"] = frozen, lambda: swapped(Policy, "image_features", look_anew)
     for name, changed in {"vision frozen, looked at once": frozen,
-                          "gradient checkpointing": {"gradient_checkpointing": True},
+                          "gradient checkpointing": {"gradient_checkpointing": 1},
                           "8 games written at once": {"play_batch_size": 8}, "LoRA rank 16": {"rank": 16},
                           **{f"micro-batches of {size}": {"micro_batch_size": size} for size in (16, 32, 128)}}.items():
         found[name] = (changed, contextlib.nullcontext)
