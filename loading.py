@@ -1,4 +1,4 @@
-"""Finding and loading a LLaVA: a hub name, a folder, the pocket model, or a folder of adapters and its base.
+"""Finding and loading a model: a hub name, a folder, the pocket model, or a folder of adapters and its base.
 
     loaded = open_model("auto")                             # what a command line's --model and --bits stand for
     model, processor = load_model("llava-hf/llava-v1.6-mistral-7b-hf", bits=4, device="cuda")
@@ -14,17 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file
 
+from families import FAMILIES, ModelError, load_processor
 from lora import base_name
 
 LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
 POCKET = Path(__file__).parent / "checkpoints" / "pocket"
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be used; the message says why and what to do."""
 
 
 def load_model(name: str, bits=32, device="cpu"):
@@ -41,31 +38,33 @@ def load_model(name: str, bits=32, device="cpu"):
                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     _check_memory(name, bits, device, stored_as=_config(name).dtype or torch.float16)
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        processor = load_processor(name)
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, quantization_config=quantisation, device_map={"": device})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:         # SmolVLM's processor wants a package of its own
         raise ModelError(f"{name!r} has a configuration but does not load whole: is a file missing or cut off? "
                          f"The loader said: {error}") from error
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
                          "or use --model pocket.") from error
     if not getattr(processor, "chat_template", None):
-        raise ModelError(f"{name!r} has no chat template: use a LLaVA-NeXT checkpoint with its whole processor")
+        raise ModelError(f"{name!r} has no chat template: use a chat model with its whole processor")
     return model, processor
 
 
 def _config(name):
-    """The configuration of a hub name or a folder; ModelError unless it is a LLaVA-NeXT."""
+    """The configuration of a hub name or a folder; ModelError unless it is of a known family."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot find a model {name!r}: it is neither a folder with a model here nor a name that the "
                          "hub gave an answer for. Check the spelling; without a network, download it elsewhere "
                          f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
-    if config.model_type != "llava_next":
-        raise ModelError(f"{name!r} is a {config.model_type}: no model that takes pictures the way this program gives "
-                         f"them. Use a LLaVA-NeXT checkpoint, such as {LLAVA_7B}.")
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"{name!r} is a {config.model_type}: no model that this program can give pictures to. It "
+                         f"knows {', '.join(FAMILIES)}; such as {LLAVA_7B}.")
+    if getattr(config.get_text_config(), "final_logit_softcapping", None):
+        raise ModelError(f"{name!r} bends its logits (final_logit_softcapping), which policy.py's head does not do")
     return config
 
 
@@ -143,7 +142,7 @@ def open_model(model="auto", bits="auto") -> Loaded:
 
 def is_small(config):
     """Whether a model's configuration is of pocket size (which the defaults hang on), not of a 7B one's."""
-    return config.text_config.hidden_size < 1024
+    return config.get_text_config().hidden_size < 1024
 
 
 def stored_bytes(name) -> int:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from families import PARTS, part_of_path
+
 
 class LoRALinear(nn.Module):
     """y = W x + (α/r) B A x  with W frozen (nn.Linear or bitsandbytes' Linear4bit); arXiv 2106.09685, equation 3.
@@ -37,10 +39,6 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(down, self.lora_B.to(x.dtype))
 
 
-PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.",
-         "language": "model.language_model."}
-
-
 def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:
     """Replace every linear layer of the parts in target_modules (keys of PARTS) by its LoRALinear; freeze all else.
 
@@ -48,10 +46,9 @@ def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALin
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    prefixes = tuple(PARTS[part] for part in target_modules)
     layers = {}
     for path, module in list(model.named_modules()):
-        if path.startswith(prefixes) and isinstance(module, nn.Linear):
+        if part_of_path(path) in target_modules and isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
             layers[path] = LoRALinear(module, rank, alpha, generator)
             setattr(model.get_submodule(parent), name, layers[path])
@@ -101,6 +98,6 @@ def base_name(folder):
 def adapter_settings(folder) -> dict:
     """The Policy arguments (rank, alpha, target_modules) that fit a folder of adapters."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    paths = config["target_modules"]
-    parts = tuple(part for part, prefix in PARTS.items() if any(path.startswith(prefix) for path in paths))
+    found = set(map(part_of_path, config["target_modules"]))
+    parts = tuple(part for part in PARTS if part in found)
     return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": parts}

@@ -1,4 +1,4 @@
-"""The policy: a LLaVA, LoRA adapters, a value head; it writes answers and scores them.
+"""The policy: a vision-language model, LoRA adapters, a value head; it writes answers and scores them.
 
     model, processor = load_model("llava-hf/llava-v1.6-mistral-7b-hf", bits=4, device="cuda")
     policy = Policy(model, processor, rank=128)
@@ -9,10 +9,10 @@
 Alphabet of shapes, in all files: B samples, I image tokens, P prompt tokens (image tokens among them), T response
 tokens, D hidden size, V vocabulary, N games, L steps of each, S = L × N samples of a rollout.
 
-Differs from the published code: one function scores old, new and supervised answers; the picture's base view alone
-goes in (I = 576 for LLaVA-1.6, as there), but through transformers' own LLaVA-NeXT; no dropout anywhere, so that
-rollout and update see the same network. Does not handle: loading the model (loading.py), the adapters themselves
-(lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
+Differs from the published code: one function scores old, new and supervised answers; one view of the picture goes in
+(I = 576 for LLaVA-1.6, as there), but through transformers' own models; no dropout anywhere, so that rollout and update
+see the same network. Does not handle: what differs between models (families.py), loading them (loading.py), the
+adapters themselves (lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
 """
 
 import math
@@ -20,16 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from loading import ModelError
-from lora import PARTS, add_lora, load_adapters, save_adapters
+from families import PARTS, Family, ModelError
+from lora import add_lora, load_adapters, save_adapters
 
 
 # ---- the value head -------------------------------------------------------------------------------------------------
@@ -71,28 +68,12 @@ class ValueHead(nn.Module):
         return self.mlp(self.standardised(hidden)).squeeze(-1).float()
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
-def base_view(pictures, processor, side):
-    """(B, 3, side, side) fp32: LLaVA-NeXT's base view, the whole picture at the vision tower's size, normalised."""
-    settings = processor.image_processor
-    small = [np.asarray(Image.fromarray(picture).resize((side, side), settings.resample)) for picture in pictures]
-    pixels = torch.from_numpy(np.stack(small)).float() * settings.rescale_factor
-    mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
-    return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def encode_images(model, pixels):
-    """(B, I, D): what the language model gets of the base views (B, 3, H, W), by vision tower and projector."""
-    hidden = model.model.vision_tower(pixels.to(model.device, model.dtype), output_hidden_states=True).hidden_states
-    return model.model.multi_modal_projector(hidden[model.config.vision_feature_layer][:, 1:])     # without CLS
-
-
 @dataclass
 class Prompt:
     """What the model gets in one state of a game: stored when it is answered, scored as stored."""
-    pixels: torch.Tensor            # (3, H, W) fp32, normalised, on the CPU
+    images: dict                    # the picture as the vision tower takes it, a batch of one, on the CPU
     ids: list[int]                  # P token ids, I image tokens among them
-    features: torch.Tensor = None   # (I, D) on the CPU, kept where vision tower and projector are frozen
+    features: torch.Tensor = None   # (I, levels, D) on the CPU, kept where vision tower and projector are frozen
 
 
 # ---- the policy -----------------------------------------------------------------------------------------------------
@@ -115,23 +96,17 @@ class Policy(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.lora = add_lora(model, rank, self.alpha, target_modules, generator) if target_modules else {}
         self.vision_frozen = bool(target_modules) and not {"vision", "projector"} & set(target_modules)
-        self.value_head = ValueHead(model.config.text_config.hidden_size, generator).to(model.device)
+        self.value_head = ValueHead(model.config.get_text_config().hidden_size, generator).to(model.device)
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(gradient_checkpointing))
         self._disable_dropout()
 
-        vision = model.config.vision_config
-        self.side = vision.image_size
-        self.image_tokens = (vision.image_size // vision.patch_size) ** 2                    # I: the base view's
-        self.image_token = model.config.image_token_id
-        self.image_text = self.tokenizer.convert_ids_to_tokens(self.image_token)
-        # Never sampled, and out of the scored distribution too: ids that would break or blur the next scoring pass.
-        size = model.get_output_embeddings().weight.shape[0]
-        suppress_tokens = torch.arange(size) >= len(self.tokenizer)
-        for token in (self.image_token, self.tokenizer.pad_token_id, self.tokenizer.bos_token_id):
-            if token is not None and token != self.tokenizer.eos_token_id:
-                suppress_tokens[token] = True
+        self.family = Family(model, processor)
+        self.end_tokens = self.family.end_tokens()
+        # Never sampled, and out of the scored distribution too.
+        suppress_tokens = torch.arange(model.get_output_embeddings().weight.shape[0]) >= len(self.tokenizer)
+        suppress_tokens[self.family.suppressed_tokens()] = True
         self.register_buffer("suppress_tokens", suppress_tokens.to(model.device), persistent=False)        # (V,) bool
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
@@ -162,17 +137,7 @@ class Policy(nn.Module):
     # -- in: pictures and texts to tensors
     def encode(self, pictures, texts: list[str]) -> list[Prompt]:
         """Return a Prompt for each picture (H, W, 3) uint8 and user text, in the model's own chat template."""
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-        rendered = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-        for text in rendered:
-            if text.count(self.image_text) != 1:
-                raise ModelError(f"the chat template put {text.count(self.image_text)} image tokens into a prompt "
-                                 "that has one picture: this processor does not belong to a LLaVA")
-        rendered = [text.replace(self.image_text, self.image_text * self.image_tokens) for text in rendered]
-        bos = self.tokenizer.bos_token
-        add_bos = not (bos and rendered[0].startswith(bos))                       # some templates bring their own
-        ids = self.tokenizer(rendered, add_special_tokens=add_bos)["input_ids"]
-        return [Prompt(pixels, list(row)) for pixels, row in zip(base_view(pictures, self.processor, self.side), ids)]
+        return [Prompt(images, ids) for images, ids in self.family.encode(pictures, texts)]
 
     def encode_answers(self, texts: list[str]) -> list[list[int]]:
         """Token ids of written answers, EOS at the end: the responses of supervised learning."""
@@ -180,7 +145,7 @@ class Policy(nn.Module):
         return [list(row) + [self.tokenizer.eos_token_id] for row in ids]
 
     def _collate(self, prompts, responses=None, shape=None):
-        """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (B, P+T), P and T.
+        """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (…, B, P+T), P and T.
 
         Every prompt ends at P-1 and every response begins at P, whatever their lengths. shape: P and T are its.
         """
@@ -192,28 +157,24 @@ class Policy(nn.Module):
             ids[row, P - len(prompt.ids):P] = torch.tensor(prompt.ids)
             ids[row, P:P + len(response)] = torch.tensor(response, dtype=torch.long)
             mask[row, P - len(prompt.ids):P + len(response)] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = self.family.positions([prompt.images for prompt in prompts], ids, mask)
         return ids.to(self.device), mask.to(self.device), positions.to(self.device), P, T
 
     # -- through: the model's body
     def image_features(self, prompts):
-        """(B, I, D): of the prompts' pictures; looked at once where vision tower and projector are frozen."""
+        """[(I, levels, D)] of the prompts' pictures; seen once where vision tower and projector are frozen."""
         if not self.vision_frozen:
-            return encode_images(self.model, torch.stack([prompt.pixels for prompt in prompts]))
+            return self.family.see([prompt.images for prompt in prompts])
         if new := [prompt for prompt in prompts if prompt.features is None]:
-            features = encode_images(self.model, torch.stack([prompt.pixels for prompt in new])).cpu()
-            for prompt, own in zip(new, features):
-                prompt.features = own
-        return torch.stack([prompt.features for prompt in prompts]).to(self.device)
+            for prompt, features in zip(new, self.family.see([prompt.images for prompt in new])):
+                prompt.features = features.cpu()
+        return [prompt.features.to(self.device) for prompt in prompts]
 
     def _body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
-        """transformers' own LLaVA-NeXT up to the last hidden states (B, length, D), plus its cache."""
-        # Features and not pixel_values: given pixels, LLaVA-NeXT would cut tiles beside the base view.
-        images = None
-        if features is not None:
-            images = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+        """transformers' own model up to the last hidden states (B, length, D), plus its cache."""
+        images = self.family.image_inputs(ids, features) if features is not None else {}
         return self.model.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                mm_encoder_outputs=images, use_cache=use_cache)
+                                use_cache=use_cache, **images)
 
     def _log_softmax(self, hidden):
         """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
@@ -265,7 +226,7 @@ class Policy(nn.Module):
         ids, mask, positions, _, _ = self._collate(prompts)
         self._set_mode(train=False)
         output = self._body(ids, mask, positions, self.image_features(prompts), use_cache=True)
-        position = positions[:, -1:]
+        position = positions[..., -1:]
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         for length in range(1, max_new_tokens + 1):
@@ -280,7 +241,7 @@ class Policy(nn.Module):
                 responses[row].append(token)
                 closed = stopping_criterion and token in self.may_close and stopping_criterion(
                     self.decode(responses[row]))
-                if closed or token == self.tokenizer.eos_token_id:
+                if closed or token in self.end_tokens:
                     unfinished.discard(row)
             if not unfinished or length == max_new_tokens:
                 break

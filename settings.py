@@ -15,7 +15,7 @@ from pathlib import Path
 
 import parallel
 from env import GAMES
-from lora import PARTS
+from families import PARTS
 
 # The formula games pay 10, the others 1: scaled, all returns are about 1, which value_lr and advantage_floor are for.
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
@@ -36,7 +36,7 @@ def fixed(default):
 class ModelSettings:
     """What supervised fine-tuning and RL share."""
     task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(GAMES))
-    model: str = setting("auto", "auto, pocket, a hub name, a folder, or a folder of adapters from sft.py")
+    model: str = setting("auto", "auto, pocket, a hub name, a folder (chat VLMs: families.py), or adapters")
     bits: str = setting("auto", "of the frozen weights; auto: 4 on a GPU, 32 on a CPU and for the pocket model",
                         choices=("auto", "4", "16", "32"))
     rank: int = setting(None, "of the LoRA adapters, r; α = 2 r as in the paper", small=32, large=128)

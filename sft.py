@@ -37,9 +37,10 @@ from checkpoint import (
     write_whole,
 )
 from env import GAMES
+from families import PARTS, save_processor
 from games.expert import expert_action, thoughts
 from loading import ModelError, is_small, open_model
-from lora import PARTS, adapter_settings, save_adapters
+from lora import adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
 from settings import ModelSettings, fill_in, read_settings, setting
@@ -232,7 +233,7 @@ def teach(settings):
     shutil.rmtree(part, ignore_errors=True)
     if settings.full:
         loaded.model.save_pretrained(part)
-        loaded.processor.save_pretrained(part)
+        save_processor(loaded.processor, part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there

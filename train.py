@@ -25,8 +25,9 @@ import parallel
 from checkpoint import append_line, checkpoints, keep_lines, load, save, write_whole
 from env import GAMES
 from eval import evaluate, model_player
+from families import PARTS
 from loading import ModelError, find_model, is_small, open_model
-from lora import PARTS, adapter_settings
+from lora import adapter_settings
 from policy import Policy
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics

@@ -24,8 +24,9 @@ from env import GAMES
 from extras.machine import machine, matmul_rate, memory_now, peak_memory, seconds
 from extras.published import compare
 from extras.shape7b import byte_processor, llava_7b_config, memory_plan, random_nf4
+from families import part_of_path
 from loading import Loaded, ModelError
-from lora import PARTS, LoRALinear
+from lora import LoRALinear
 from parse import make_prompt
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout
@@ -45,16 +46,17 @@ def update_flops(policy, prompt_tokens, answer_tokens):
     where nothing before it learns: the patch embedding, and a frozen weight beside the first adapters. Not counted:
     what gradient checkpointing computes again, padding, and layers behind `vision_feature_layer`.
     """
-    I, length = policy.image_tokens, prompt_tokens + answer_tokens
-    tokens = {"vision": I + 1, "projector": I, "language": length}
+    length = prompt_tokens + answer_tokens
     config = policy.model.config
+    I = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    tokens = {"vision": I + 1, "projector": I, "language": length}
     vision, text = config.vision_config, config.text_config
     used = config.vision_feature_layer % (vision.num_hidden_layers + 1)           # layers before the features' own
     behind = tuple(f".layers.{k}." for k in range(used, vision.num_hidden_layers))
     forward = I * 3 * vision.patch_size ** 2 * vision.hidden_size                # multiply-adds; the patch embedding
     backward = 0
     for path, module in policy.model.named_modules():
-        part = next((part for part, prefix in PARTS.items() if path.startswith(prefix)), None)
+        part = part_of_path(path)
         if part is None or part == "vision" and any(layer in path for layer in behind):
             continue
         # the first layer's queries, keys and values: nothing before them learns, so their input needs no gradient

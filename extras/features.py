@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from env import GAMES
+from families import base_view, encode_images
 from loading import POCKET, load_model
-from policy import Prompt, ValueHead, base_view, encode_images
+from policy import Prompt, ValueHead
 from settings import Settings, fill_in, fixed, read_settings, setting
 from sft import demonstrations, mixed
 from train import launch

@@ -22,7 +22,7 @@ from extras import bench
 from extras.machine import machine
 from loading import open_model
 from lora import LoRALinear
-from policy import Policy, encode_images
+from policy import Policy
 from settings import Settings
 from train import Run, make_policy
 
@@ -91,7 +91,7 @@ def around(where, name, wrapper):
 
 def look_anew(self, prompts):
     """Policy.image_features without keeping any."""
-    return encode_images(self.model, torch.stack([prompt.pixels for prompt in prompts]))
+    return self.family.see([prompt.images for prompt in prompts])
 
 
 def choices():
