@@ -141,8 +141,8 @@ def open_model(model="auto", bits="auto") -> Loaded:
 
 
 def is_small(config):
-    """Whether a model's configuration is of pocket size (which the defaults hang on), not of a 7B one's."""
-    return config.get_text_config().hidden_size < 1024
+    """Whether a model is of pocket size, on which the defaults hang; one of half a billion weights is not."""
+    return config.get_text_config().hidden_size < 512
 
 
 def stored_bytes(name) -> int:

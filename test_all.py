@@ -863,6 +863,8 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
         found = loading.find_model("auto")
         assert (found.name, found.bits) == (model, bits if model != "pocket" else found.bits)
     assert loading.room(loading.LLAVA_7B, config, "cuda:0") == pytest.approx(16 / 15)
+    sizes = {size: loading.is_small(pocket.MistralConfig(hidden_size=size)) for size in (128, 896, 4096)}
+    assert sizes == {128: True, 896: False, 4096: False}                # half a billion weights are taught the format
     with pytest.raises(ModelError, match="14.0 GiB in 16 bits and this GPU has free 9.3"):
         free[0] = 10e9
         loading.load_model(loading.LLAVA_7B, 16, "cuda:0")
