@@ -8,6 +8,7 @@ weights (lora.py): only which base they belong to.
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ def load_model(name: str, bits=32, device="cpu"):
     dtype = torch.float32 if bits == 32 or (bits == 4 and device == "cpu") else torch.bfloat16
     quantisation = None
     if bits == 4:
+        # On a CPU bitsandbytes misses an optional kernel that would be fetched from the hub; its own code does as well.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     _check_memory(name, bits, device, stored_as=_config(name).dtype or torch.float16)
