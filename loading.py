@@ -102,7 +102,7 @@ def find_model(model="auto", bits="auto") -> Found:
 
     model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
     model folder, or a folder of adapters that sft.py or train.py wrote: then their base.
-    bits: "auto" is 4 on a GPU (but 32 for the pocket model) and 32 on a CPU.
+    bits: "auto" is 32 on a CPU and for the pocket model, 16 on a GPU that has room for it (see room), else 4.
     """
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     name = why = str(model)
@@ -128,8 +128,8 @@ def room(folder, config, device) -> float:
     Training takes adapters, their moments and activations beside the weights: on paper 2.4 times the weights are enough
     for 16 bits, and 4 times for doing without gradient checkpointing too. Not tried on a GPU.
     """
-    stored = stored_bytes(folder)
-    if device == "cpu" or not stored:
+    stored = 0 if device == "cpu" else stored_bytes(folder)
+    if not stored:
         return 0.0
     weights = stored * 2 / (config.dtype or torch.float16).itemsize
     return torch.cuda.mem_get_info(device)[0] / weights
@@ -150,13 +150,14 @@ def is_small(config):
 
 def stored_bytes(name) -> int:
     """Bytes of a model's weights: of a folder's files, or by a hub repository's small index; 0 if unknown."""
-    if Path(name).is_dir():
+    index = Path(name) / "model.safetensors.index.json"
+    if Path(name).is_dir() and not index.exists():
         return sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
     try:
-        index = cached_file(name, "model.safetensors.index.json")
+        index = index if index.exists() else cached_file(name, index.name)
     except OSError:                                         # one file without an index, or no network
         return 0
-    return json.loads(Path(index).read_text())["metadata"]["total_size"]
+    return json.loads(Path(index).read_text()).get("metadata", {}).get("total_size", 0)
 
 
 def _check_memory(name, bits, device, stored_as):

@@ -37,7 +37,7 @@ class ModelSettings:
     """What supervised fine-tuning and RL share."""
     task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(GAMES))
     model: str = setting("auto", "auto, pocket, a hub name, a folder (chat VLMs: families.py), or adapters")
-    bits: str = setting("auto", "of the frozen weights; auto: 4 on a GPU, 32 on a CPU and for the pocket model",
+    bits: str = setting("auto", "of the frozen weights; auto: 32 on a CPU, 16 on a GPU with room, else 4",
                         choices=("auto", "4", "16", "32"))
     rank: int = setting(None, "of the LoRA adapters, r; α = 2 r as in the paper", small=32, large=128)
     target_modules: tuple = setting(None, f"the parts that have LoRA adapters and learn ({','.join(PARTS)})")

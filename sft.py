@@ -204,6 +204,7 @@ def teach(settings):
     folder, begun = Path(settings.out), time.perf_counter()
     last = "config.json" if settings.full else "adapter_config.json"
     if (folder / last).exists():
+        clean_up(folder)
         print(f"{folder} is finished")
         return
     loaded = open_model(settings.model, settings.bits)
@@ -224,6 +225,7 @@ def teach(settings):
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     folder.mkdir(parents=True, exist_ok=True)
+    settings.bits = loaded.bits                             # "auto" could be another number the next time
     write_whole(folder / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot)
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
@@ -238,9 +240,14 @@ def teach(settings):
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
         os.replace(file, folder / file.name)
-    for left in (part, *checkpoints(folder)):
-        shutil.rmtree(left)
+    clean_up(folder)
     print(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
+
+
+def clean_up(folder):
+    """Drop what a finished course needs no more; a kill may have left it."""
+    for left in (folder / "result.part", *folder.glob("checkpoint-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def main(arguments=None):
@@ -251,7 +258,8 @@ def main(arguments=None):
     try:
         teach(settings)
     except KeyboardInterrupt:
-        sys.exit("\nsft.py: stopped; " + ("go on with the same command and --resume" if checkpoints(folder) else
+        sys.exit("\nsft.py: stopped; " + ("go on with the same command and --resume"
+                                          if (folder / settings.file).exists() else
                                           "nothing was saved yet: start it again with the same command"))
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"sft.py: {error}")

@@ -1577,7 +1577,9 @@ def test_fine_tuning_goes_on_after_ctrl_c_bit_for_bit(tiny, tmp_path, monkeypatc
     for name in names:
         if name != "sft.json":
             assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+    (tmp_path / "stopped" / "checkpoint-000005").mkdir()                # as a kill in the clean-up leaves it
     sft.main([*command, "--out", str(tmp_path / "stopped"), "--resume"])                # finished: left as it is
+    assert not checkpoint.checkpoints(tmp_path / "stopped")
     assert len(taken) == 5
 
 
@@ -1810,7 +1812,10 @@ def test_the_7b_shape_and_its_memory_plan():
     assert logp.isfinite().all()
 
 
-def test_bench_measures_both_procedures(capsys, monkeypatch):
+def test_bench_measures_both_procedures(capsys, monkeypatch, tiny_families):
+    bench.main(["--model", str(tiny_families["qwen3_vl"]), "--num-envs", "4", "--num-steps", "1", "--updates", "1"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["tokens_per_s"] > 0 and "mfu" not in figures         # FLOPs are counted of LLaVAs alone
     bench.main(["--num-envs", "16", "--num-steps", "1", "--updates", "1", "--baseline", "--baseline-samples", "2"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["ratio"] == pytest.approx(figures["baseline"]["whole_update_s"] / figures["whole_update_s"])

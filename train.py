@@ -11,6 +11,7 @@ Does not handle: several tasks at once.
 """
 
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -107,7 +108,7 @@ def set_learning_rates(run):
 
 # ---- what a run shows of itself -------------------------------------------------------------------------------------
 def record(run, folder, rollout, learned, spent, bar):
-    """Write an update's lines into the run folder and show them; the metrics are of all processes."""
+    """Write an update's lines into the run folder and show them; of all processes, ratio_error of the first."""
     metrics = play_metrics(rollout, run.settings) | learned | value_metrics(rollout)
     if parallel.rank():
         return
@@ -185,19 +186,28 @@ def teach_format(settings):
     """The paper's first stage, where plain large weights need it; return the name of the model that RL starts from."""
     found = find_model(settings.model, settings.bits)
     settings.model = found.name
+    # the fewest of all processes' bits: each has its own GPU's free memory, and they must hold the same weights
+    settings.bits = str(parallel.concat(torch.tensor([int(found.bits)])).min().item())
     if settings.sft_steps is None:
-        settings.sft_steps = 0 if found.adapters else default_of(Settings, "sft_steps", is_small(found.config))
+        taught = found.adapters or (Path(found.folder) / SFTSettings.file).exists()
+        settings.sft_steps = 0 if taught else default_of(Settings, "sft_steps", is_small(found.config))
     if not settings.sft_steps:
         return settings.model
     folder = Path(settings.out) / "sft"
-    if not (folder / "adapter_config.json").exists() and parallel.rank() == 0:
-        parallel.say(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), "
-                     "then RL; the pocket model, which needs no GPU, is --model pocket")
+    if parallel.rank() == 0:
+        print(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), then RL; "
+              "the pocket model, which needs no GPU, is --model pocket", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder.parent / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
-        teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
-                          target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
-                          out=str(folder), steps=settings.sft_steps))
+        try:
+            teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
+                              target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
+                              micro_batch_size=settings.micro_batch_size, out=str(folder), steps=settings.sft_steps))
+        except FloatingPointError as error:
+            raise ModelError(f"the first stage failed: {error}. Run sft.py by itself with it, and pass its folder as "
+                             "--model to a new run") from error
+        gc.collect()
+        torch.cuda.empty_cache()                                # the second stage measures the GPU's free memory
     parallel.wait()
     return str(folder)
 

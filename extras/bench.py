@@ -8,7 +8,7 @@
 
 Prints a table; the last line is one JSON object with every figure (also to --out). Speed and memory do not hang on
 the weights' values, so `llava-7b-random` needs no download (shape7b.py).
-How FLOPs are counted: see `update_flops`. Does not handle: whether anything is learned (eval.py).
+How FLOPs are counted, of LLaVAs alone: see `update_flops`. Does not handle: whether anything is learned (eval.py).
 """
 
 import argparse
@@ -123,7 +123,8 @@ def measure(run, updates):
     for _ in range(updates):
         rollout, playing, learning = one_update(run)
         samples = list(zip(rollout.prompts, rollout.responses))
-        flops = sum(update_flops(run.policy, len(prompt.ids), len(response))[1] for prompt, response in samples)
+        flops = sum(update_flops(run.policy, len(prompt.ids), len(response))[1] for prompt, response in samples
+                    if run.policy.family.facts.square)      # counted for LLaVAs alone
         sums += torch.tensor([playing, learning, sum(map(len, rollout.responses)),
                               sum(len(prompt.ids) for prompt in rollout.prompts), settings.update_epochs * flops])
         memory.append(memory_now(device))
@@ -134,6 +135,8 @@ def measure(run, updates):
         "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
         "answer_tokens": answer_tokens / settings.batch_size, "prompt_tokens": prompt_tokens / settings.batch_size,
         **peak_memory(device), "memory_gib": memory}
+    if not flops:
+        return figures, rollout
     rate = matmul_rate(device, run.policy.model.dtype)
     return figures | {"matmul_tflops": rate / 1e12, "update_tflops": flops / learning / 1e12,
                       "mfu": flops / learning / rate}, rollout

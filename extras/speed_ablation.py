@@ -35,9 +35,13 @@ def own_padding(logprobs, self, prompts, responses, shape=None):
 
 def head_everywhere(self, prompts, responses, shape=None):
     """Policy.logprobs with the head and the softmax on every position, the prompt's too."""
+    B = len(prompts)
+    if shape:
+        prompts, responses = ([*part, *part[:1] * (shape[0] - B)] for part in (prompts, responses))
     ids, mask, positions, P, T = self._collate(prompts, responses, shape)
     self._set_mode(train=False)
-    hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state
+    hidden = self._body(ids, mask, positions, self.image_features(prompts)).last_hidden_state[:B]
+    ids, mask = ids[:B], mask[:B]
     logp = self._log_softmax(hidden)[:, P - 1:P + T - 1].gather(-1, ids[:, P:, None]).squeeze(-1)
     mask = mask[:, P:].float()
     return torch.where(mask > 0, logp, 0.0), mask, self.value_head(hidden[:, P - 1])
