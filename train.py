@@ -185,6 +185,7 @@ def draw_curve(folder):
 def teach_format(settings):
     """The paper's first stage, where plain large weights need it; return the name of the model that RL starts from."""
     found = find_model(settings.model, settings.bits)
+    parallel.say(f"model: {found.why}")
     settings.model = found.name
     # the fewest of all processes' bits: each has its own GPU's free memory, and they must hold the same weights
     settings.bits = str(parallel.concat(torch.tensor([int(found.bits)])).min().item())
@@ -218,8 +219,10 @@ def make_policy(settings, checkpoint=None, loaded=None):
     checkpoint: a folder whose adapters go on, and which names their base. loaded: a loading.Loaded to use as it is.
     """
     if loaded is None:
-        loaded = open_model(checkpoint or teach_format(settings), settings.bits)
-        parallel.say(f"model: {loaded.why}")
+        start = checkpoint or teach_format(settings)
+        loaded = open_model(start, settings.bits)
+        if start != settings.model:
+            parallel.say(f"model: {loaded.why}")
     settings.bits = loaded.bits
     if loaded.adapters:
         lora = adapter_settings(loaded.adapters)
