@@ -85,8 +85,8 @@ def save_processor(processor, folder):
         return
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
-    names = set(inspect.signature(type(processor).__init__).parameters) - {"self", "kwargs", "chat_template",
-                                                                           *processor.get_attributes()}
+    names = sorted(set(inspect.signature(type(processor).__init__).parameters)
+                   - {"self", "kwargs", "chat_template", *processor.get_attributes()})
     settings = {"processor_class": type(processor).__name__, **{name: getattr(processor, name) for name in names}}
     (Path(folder) / "processor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     (Path(folder) / "chat_template.jinja").write_text(processor.chat_template)
@@ -169,7 +169,7 @@ class Family:
         self.as_list = isinstance(seen.pooler_output, (list, tuple))
         levels = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
         flat = torch.stack([torch.cat([part.reshape(-1, part.shape[-1]) for part in level]) for level in levels], 1)
-        return list(flat.split(len(flat) // len(images)))
+        return list(flat.split(len(flat) // len(images)))   # a game's pictures are of one size: as many tokens each
 
     def image_inputs(self, ids, features):
         """What the forward pass takes of a batch's features [(I, levels, D)], given its ids (B, length)."""

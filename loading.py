@@ -81,20 +81,15 @@ class Found:
     folder: str             # what transformers loads the base from: a folder or a hub name
     config: object          # transformers' configuration of it
     device: str
+    room: float             # how many times its 16-bit weights fit into the GPU's free memory; 0 on a CPU
     why: str                # what to tell the user of it
 
 
 @dataclass
-class Loaded:
-    """A Found with its model and processor."""
+class Loaded(Found):
+    """The same with the model and its processor."""
     model: nn.Module
     processor: object
-    name: str
-    bits: str
-    base: str
-    adapters: str | None = None
-    why: str = ""
-    room: float = 0.0       # how many times its 16-bit weights fitted into the GPU's free memory before
 
 
 def find_model(model="auto", bits="auto") -> Found:
@@ -116,10 +111,11 @@ def find_model(model="auto", bits="auto") -> Found:
         why = f"{base} with the adapters in {adapters}"
     folder = str(POCKET) if base == "pocket" else base
     config = _config(folder)
+    free = room(folder, config, device)
     if bits == "auto":
-        large = 16 if room(folder, config, device) >= 2.4 else 4
+        large = 16 if free >= 2.4 else 4
         bits = 32 if device == "cpu" or is_small(config) else large
-    return Found(name, str(bits), base, adapters, folder, config, device, f"{why}, in {bits} bits")
+    return Found(name, str(bits), base, adapters, folder, config, device, free, f"{why}, in {bits} bits")
 
 
 def room(folder, config, device) -> float:
@@ -138,9 +134,8 @@ def room(folder, config, device) -> float:
 def open_model(model="auto", bits="auto") -> Loaded:
     """find_model, and its weights: on a GPU where there is one."""
     found = find_model(model, bits)
-    free = room(found.folder, found.config, found.device)
     model, processor = load_model(found.folder, int(found.bits), found.device)
-    return Loaded(model, processor, found.name, found.bits, found.base, found.adapters, found.why, free)
+    return Loaded(**vars(found), model=model, processor=processor)
 
 
 def is_small(config):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import parallel
 from env import GAMES
-from families import PARTS
+from families import PARTS, ModelError
 
 # The formula games pay 10, the others 1: scaled, all returns are about 1, which value_lr and advantage_floor are for.
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
@@ -59,7 +59,7 @@ class ModelSettings:
 
 @dataclass
 class Settings(ModelSettings):
-    """A run of RL, whole. The paper's values are the large model's defaults, unless the help says otherwise."""
+    """A run of RL, whole. Where the paper has a value it is the large model's default, or the help names it."""
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
@@ -85,7 +85,7 @@ class Settings(ModelSettings):
     minibatch_size: int = setting(128, "answers per optimiser step")
     micro_batch_size: int = setting(None, "answers per forward pass, for memory (sums round otherwise)",
                                     small=64, large=4)
-    target_kl: float = setting(None, "the update ends when a minibatch's approximate KL exceeds this; 0: never",
+    target_kl: float = setting(None, "the policy's update ends when a minibatch's KL exceeds this; 0: never",
                                small=0.1, large=0.0)
     lr: float = setting(None, "learning rate, falling on a cosine", small=2e-4, large=1e-5)
     value_lr: float = setting(None, "the value head's, falling likewise", small=1e-3, large=1e-5)
@@ -141,6 +141,14 @@ def default_of(cls, name, small):
     return cls.__dataclass_fields__[name].metadata["by_size"]["small" if small else "large"]
 
 
+def take_up(settings, adapters):
+    """Rank and parts become those of adapters to go on with (lora.adapter_settings); ModelError if others are chosen."""
+    for name in ("rank", "target_modules"):
+        if getattr(settings, name) not in (None, adapters[name]):
+            raise ModelError(f"the adapters to go on with have {name} {adapters[name]}: leave the flag out")
+        setattr(settings, name, adapters[name])
+
+
 def fill_in(settings, small):
     """Give what was not chosen the defaults of the model's size and of the game."""
     for entry in fields(settings):
@@ -176,7 +184,7 @@ def _flag(name):
 
 
 def _parts(text):
-    """Comma-separated parts in PARTS' own order; what is none comes last, for find_problem to name.
+    """Comma-separated parts in PARTS' own order; what is none comes last, for `problem` to name.
 
     >>> _parts("language,vision")
     ('vision', 'language')

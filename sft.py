@@ -4,11 +4,11 @@
     python sft.py --task numberline --model llava-hf/llava-v1.6-mistral-7b-hf --bits 4 --steps 780 --out runs/sft-7b
     python sft.py --out runs/sft-7b --resume           # after Ctrl-C, or after anything
 
-The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses.
-That is at temperature 1; RL has its own. --label-noise is the share of action labels
-replaced by uniformly random ones: 1.0 teaches reading and format but random play; extras/pocket.py has the shares
-that start near the paper's SFT row. LoRA adapters by default; --full trains all weights. train.py does this by itself
-before RL where it is given plain large weights.
+The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses, at
+temperature 1. --label-noise is the share of action labels replaced by uniformly random ones: 1.0 teaches reading and
+format but random play; extras/pocket.py has the shares that start near the paper's SFT row. LoRA adapters by default;
+--full trains all weights. train.py does this by itself before RL where it is given plain large weights.
+Does not handle: several processes.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from loading import ModelError, is_small, open_model
 from lora import adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
-from settings import ModelSettings, fill_in, read_settings, setting
+from settings import ModelSettings, fill_in, read_settings, setting, take_up
 
 
 @dataclass
@@ -211,17 +211,16 @@ def teach(settings):
     print(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations", flush=True)
     if settings.full and (loaded.adapters or loaded.bits != "32"):
         raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
-    small = is_small(loaded.model.config)
-    lora = adapter_settings(loaded.adapters) if loaded.adapters else {}
-    for name in ("rank", "target_modules"):
-        if lora and getattr(settings, name) not in (None, lora[name]):
-            raise ModelError(f"the adapters in {loaded.adapters} have {name} {lora[name]}: leave the flag out")
+    small, adapters = is_small(loaded.model.config), {}
+    if loaded.adapters:
+        adapters = adapter_settings(loaded.adapters)
+        take_up(settings, adapters)
     fill_in(settings, small)
+    parts = () if settings.full else settings.target_modules or tuple(PARTS)
+    policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), parts, seed=settings.seed,
+                    gradient_checkpointing=int(not small), base_name=loaded.base)
     if settings.full:
-        settings.rank, lora = None, {"target_modules": ()}
-    lora = lora or {"rank": settings.rank, "target_modules": settings.target_modules or tuple(PARTS)}
-    policy = Policy(loaded.model, loaded.processor, **lora, seed=settings.seed, gradient_checkpointing=not small,
-                    base_name=loaded.base)
+        settings.rank = None                                # there are no adapters
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from lora import adapter_settings
 from policy import Policy
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from settings import Settings, default_of, fill_in, read_settings
+from settings import Settings, default_of, fill_in, read_settings, take_up
 from sft import SFTSettings, teach
 
 
@@ -223,22 +223,17 @@ def make_policy(settings, checkpoint=None, loaded=None):
         loaded = open_model(start, settings.bits)
         if start != settings.model:
             parallel.say(f"model: {loaded.why}")
-    settings.bits = loaded.bits
+    settings.bits, adapters = loaded.bits, {}
     if loaded.adapters:
-        lora = adapter_settings(loaded.adapters)
-        for name in ("rank", "target_modules"):
-            if getattr(settings, name) not in (None, lora[name]):
-                raise ModelError(f"the adapters in {loaded.adapters} have {name} {lora[name]}: leave the flag out")
-            setattr(settings, name, lora[name])
+        adapters = adapter_settings(loaded.adapters)
+        take_up(settings, adapters)
     small = is_small(loaded.model.config)
     if settings.gradient_checkpointing is None and not small and loaded.room >= 4:
         settings.gradient_checkpointing = 0
     fill_in(settings, small)
     settings.target_modules = settings.target_modules or tuple(PARTS)
-    if not loaded.adapters:
-        lora = {"rank": settings.rank, "target_modules": settings.target_modules}
-    policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature, seed=settings.seed,
-                    gradient_checkpointing=settings.gradient_checkpointing, base_name=loaded.base)
+    policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), settings.target_modules,
+                    settings.temperature, settings.seed, settings.gradient_checkpointing, loaded.base)
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     return policy

@@ -203,7 +203,9 @@ def main(arguments=None):
             if device.type != "cuda":
                 finish(figures | {"measured": False}, options.out)
                 return
-            loaded = Loaded(random_nf4(config, device), processor, RANDOM_7B, "4", RANDOM_7B)
+            loaded = Loaded(name=RANDOM_7B, bits="4", base=RANDOM_7B, adapters=None, folder="", config=config,
+                            device=str(device), room=0.0, why="", model=random_nf4(config, device),
+                            processor=processor)
             settings.max_new_tokens = options.answer_tokens
         policy = make_policy(settings, loaded=loaded)
         if loaded:                                                                          # nothing ends early
