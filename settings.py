@@ -142,7 +142,7 @@ def default_of(cls, name, small):
 
 
 def take_up(settings, adapters):
-    """Rank and parts become those of adapters to go on with (lora.adapter_settings); ModelError if others are chosen."""
+    """Rank and parts become those of adapters to go on with (lora.adapter_settings); ModelError if others were set."""
     for name in ("rank", "target_modules"):
         if getattr(settings, name) not in (None, adapters[name]):
             raise ModelError(f"the adapters to go on with have {name} {adapters[name]}: leave the flag out")

@@ -55,7 +55,7 @@ import settings as run_settings
 import sft
 import train
 from env import GAMES
-from extras import bench, features, plot, pocket, shape7b, speed_ablation
+from extras import bench, features, plot, pocket, recorded, shape7b, speed_ablation, tables
 from extras import tiny as tiny_models
 from games import draw, expert
 from games.formula import evaluate, solutions
@@ -1004,7 +1004,7 @@ def test_another_family_goes_through_the_whole_program(tiny_families, tmp_path, 
     train.main(command)
     evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "4"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    metrics = plot.metrics(tmp_path / "run")
+    metrics = recorded.metrics(tmp_path / "run")
     assert result["episodes"] == 4 and len(metrics) == 2 and all(row["ratio_error"] == 0 for row in metrics)
     small = Policy(*load_model(str(tiny_families["qwen3_vl"]), bits=4), rank=2)
     prompts, _, _ = mixed_prompts(small)
@@ -1356,7 +1356,7 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="--resume"):
             features.main([*command, "--total-timesteps", "1280", "--eval-episodes", "50", "--out", out])
     features.main(["--out", out, "--resume"])
-    metrics = plot.metrics(tmp_path / "run")
+    metrics = recorded.metrics(tmp_path / "run")
     assert metrics[0]["action_logp"] == pytest.approx(-math.log(2), abs=1e-6) and metrics[-1]["success"] > 0.5
     assert all(row["parse_rate"] == 1 and row["thought_logp"] == 0 for row in metrics)
     start, end = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("eval_start", "eval"))
@@ -1601,7 +1601,7 @@ def test_rl_on_plain_weights_is_taught_the_format_first(tiny, tmp_path, monkeypa
     train.main([*command, "--resume"])
     assert "two stages: 3 batches" in capsys.readouterr().out
     assert lora.base_name(tmp_path / "run" / "sft") == str(tiny)
-    assert len(plot.metrics(tmp_path / "run")) == 2
+    assert len(recorded.metrics(tmp_path / "run")) == 2
     start = load_file(tmp_path / "run" / "sft" / "adapter_model.safetensors")
     assert max(tensor.abs().max() for name, tensor in start.items() if "lora_B" in name) > 0
     shutil.rmtree(tmp_path / "run" / "sft")
@@ -1628,12 +1628,12 @@ def test_a_run_is_evaluated_without_the_adapters_that_it_started_from(tmp_path, 
         stopped.setattr(train, "save", stop_at(1, checkpoint.save))
         with pytest.raises(SystemExit, match="go on with the same command and --resume"):
             train.main([*command, "--model", str(tmp_path / "sft"), "--total-timesteps", "48"])
-    assert len(plot.metrics(tmp_path / "run")) == 1
+    assert len(recorded.metrics(tmp_path / "run")) == 1
     shutil.rmtree(tmp_path / "sft")
     evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "4"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 4
     train.main([*command, "--resume"])
-    assert len(plot.metrics(tmp_path / "run")) == 3
+    assert len(recorded.metrics(tmp_path / "run")) == 3
 
 
 def test_full_fine_tuning_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
@@ -1883,8 +1883,8 @@ def test_the_readmes_snippet_plays_and_scores_one_step():
 
 def test_the_readmes_tables_are_made_of_the_result_files():
     lines = [line.strip() for page in PAGES for line in (HERE / page).read_text().splitlines()]
-    assert len(plot.tables()) >= 5
-    for table in map(str.splitlines, plot.tables()):
+    assert len(tables.tables()) >= 5
+    for table in map(str.splitlines, tables.tables()):
         first = lines.index(table[0])
         assert len(table) >= 3 and lines[first:first + len(table)] == table
         assert not lines[first + len(table)].startswith("|")            # no row of an earlier table is left
@@ -1898,7 +1898,7 @@ def test_figures_in_the_prose_are_in_the_result_files():
     prose = " ".join(" ".join((HERE / page).read_text().split()) for page in PAGES)
 
     def games(task, variant):
-        rows = [row for folder in plot.runs(task, variant) for row in plot.metrics(folder)]
+        rows = [row for folder in recorded.runs(task, variant) for row in recorded.metrics(folder)]
         return sum(round(row["episodes"] * row["success"]) for row in rows), sum(row["episodes"] for row in rows)
 
     for task, variant in (("points24", "no-cot"), ("ezpoints", "features"), ("points24", "features")):
@@ -1924,7 +1924,7 @@ def test_each_result_belongs_to_its_command():
         assert Path(given["out"]).name == Path(config["out"]).name == folder.name
         assert Path(end.get("policy", folder.name)).name == folder.name
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == 15_000
-        assert len(plot.metrics(folder)) == 29 and end["seed"] == 10_000
+        assert len(recorded.metrics(folder)) == 29 and end["seed"] == 10_000
         assert end["episodes"] == (10_000 if config["task"] == "blackjack" else 1000)
 
 

@@ -1,17 +1,12 @@
-"""Redraws the figures and tables of the READMEs: what was measured here from results/, the rest from PAPER.
+"""Redraws the figures of the READMEs from results/, and prints their tables.
 
-    python -m extras.plot               # writes results/curves.png, results/lambda.png; prints the tables
+    python -m extras.plot               # writes results/curves.png, results/lambda.png
 
 A curve is the success of the episodes that ended in each rollout, the mean over seeds; its band goes from the lowest
-to the highest seed. "a ± b" is the mean over seeds and half of its 95 % interval (Student's t). The tables' rows are
-the runs that are there: `results/runs/TASK[-VARIANT]-seedN`.
+to the highest seed. Does not handle: reading the results (recorded.py), what the tables hold (tables.py).
 """
 
 import argparse
-import itertools
-import json
-import statistics
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,88 +14,10 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 
-RESULTS = Path(__file__).parent.parent / "results"
-# Success in %: the paper's tables (peaks of training curves).
-PAPER = {"numberline": {"SFT": 24.8, "RL": 89.4, "no CoT": 26.9, "CNN": 87.1},
-         "ezpoints": {"SFT": 23.0, "RL": 50.0, "no CoT": 29.9, "CNN": 0.0},
-         "points24": {"SFT": 2.6, "RL": 2.3, "no CoT": 0.0, "CNN": 0.0},
-         "blackjack": {"SFT": 23.1, "RL": 40.2, "no CoT": 40.4, "CNN": 38.8}}
-# Exact: the share of solvable deals, the value of Blackjack's best play (expert.blackjack_value_of_game).
-CEILING = {"numberline": 100.0, "ezpoints": 100.0, "points24": 73.1, "blackjack": 43.2}
-LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
-TRIED = {           # folder of results/: what its value head is
-    "tried/raw-value-numberline-seed1": "raw: raw inputs, learned through the model, as in the paper",
-    "tried/raw-value-numberline-seed2": "raw",
-    "tried/raw-value-lr1e-4-numberline-seed2": "raw, half the learning rate",
-    "tried/raw-value-lr1e-4-numberline-seed3": "raw, half the learning rate",
-    "tried/raw-value-norm0.1-numberline-seed2": "raw, gradients scaled down to a norm of 0.1",
-    "tried/value-gradient-numberline-seed2": "standardised inputs, learned through the model",
-    "tried/value-lr2e-4-numberline-seed2": "apart: standardised inputs, no gradient into the model",
-    "tried/value-lr1e-3-numberline-seed2": "apart, `value_lr` 1e-3, no value clip",
-    "tried/value-stops-numberline-seed1": "as now, but V stops where `target_kl` stops the policy",
-    "tried/value-stops-numberline-seed2": "V stops likewise",
-    "tried/value-stops-numberline-seed3": "V stops likewise",
-    "runs/numberline-seed1": "now: `advantage_floor` 1 (0.25 above), gradients clipped apart, V learns on",
-    "runs/numberline-seed2": "now",
-    "runs/numberline-seed3": "now"}
-# Settings changed one at a time, as run_all.sh names them.
-SEARCH = ("lr 1e-4", "lr 4e-4", "temperature 0.3", "temperature 0.8", "rank 8", "rank 128")
-# Student's t, 97.5 %, by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+from extras.recorded import CEILING, LAMBDAS, PAPER, RESULTS, baseline, curves, finals, lambda_runs, read, runs  # noqa: E402
+from extras.tables import lambdas, tables  # noqa: E402
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-def read(path):
-    return json.loads(path.read_text())
-
-
-def runs(task, variant=""):
-    """The finished runs of a task (and a variant, such as "no-cot"), a folder a seed."""
-    name = f"{task}-{variant}-seed*" if variant else f"{task}-seed*"
-    return sorted(folder for folder in (RESULTS / "runs").glob(name) if (folder / "eval.json").exists())
-
-
-def finals(folders, key="success"):
-    return [100 * read(folder / "eval.json")[key] for folder in folders]
-
-
-def baseline(task, name, key="success"):
-    """Of what RL did not train, in %: random, constant, expert, start, start-no-cot."""
-    return 100 * read(RESULTS / "baselines" / f"{task}-{name}.json")[key]
-
-
-def mean_interval(values):
-    """(mean, half of its 95 % interval, None for one value).
-
-    >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
-    [2.0, 2.48]
-    """
-    n = len(values)
-    return statistics.fmean(values), T[n - 1] * statistics.stdev(values) / n ** 0.5 if n > 1 else None
-
-
-def shown(values):
-    """"mean ± half (n)" of percentages, with as many seeds as there are; "–" where there is none."""
-    if not values:
-        return "–"
-    mean, half = mean_interval(values)
-    spread = "" if half is None else f" ± {half:.1f}"
-    return f"{mean:.1f}{spread}" + ("" if len(values) == 3 else f" ({len(values)})")
-
-
-def metrics(folder):
-    """The lines of a run's metrics.jsonl, a dict an update."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def curves(folders):
-    """(env steps (U,), success (seeds, U)): NaN where no episode ended in a rollout."""
-    found = [metrics(folder) for folder in folders]
-    success = [[np.nan if row["success"] is None else 100 * row["success"] for row in run] for run in found]
-    return np.array([row["env_steps"] for row in found[0]]), np.array(success)
-
-
-# ---- figures ---------------------------------------------------------------------------------------------------------
 def draw_curves(path):
     """One panel a game: with and without chain of thought over training, the paper's lines as dashes."""
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
@@ -131,10 +48,6 @@ def draw_curves(path):
     pyplot.close(figure)
 
 
-def lambda_runs(task, weight):
-    return runs(task) if weight == "0.5" else runs(task, f"lambda-{weight}")
-
-
 def draw_lambda(path):
     """NumberLine while it learns, a line a λ, the mean over seeds; and both games' held-out success, a dot a seed."""
     figure, (over_time, *panels) = pyplot.subplots(1, 3, figsize=(14, 3.4))
@@ -157,172 +70,6 @@ def draw_lambda(path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-# ---- tables, in Markdown --------------------------------------------------------------------------------------------
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def table():
-    """The main table: held-out success in %, mean ± half of its 95 % interval over the seeds."""
-    rows = [[task, f"{baseline(task, 'start'):.1f}", f"**{shown(finals(runs(task)))}**",
-             shown(finals(runs(task, "no-cot"))), shown(finals(runs(task, "features"))), str(CEILING[task]),
-             f"{paper['SFT']} → {paper['RL']}"] for task, paper in PAPER.items()]
-    return markdown(["success, %", "start (SFT)", "RL", "RL without CoT", "RL on features, no language model",
-                     "exact ceiling", "paper, 7B: SFT → RL"], rows)
-
-
-def references():
-    """What needs no RL, measured on the same deals, and the paper's other rows: success in %."""
-    rows = []
-    for task, paper in PAPER.items():
-        cells = [f"{baseline(task, name):.1f}" for name in ("random", "constant", "expert", "start", "start-no-cot")]
-        before = RESULTS / "baselines" / "pocket-two-lessons" / f"{task}.json"
-        rows.append([task, *cells, f"{100 * read(before)['success']:.1f}" if before.exists() else "–",
-                     *(str(paper[name]) for name in ("no CoT", "CNN"))])
-    return markdown(["success, %", "random", "best constant action", "expert", "start",
-                     "start, asked for the action alone", "start, before it was weakened", "paper: no CoT",
-                     "paper: CNN"], rows)
-
-
-def seeds():
-    """Every main run: success with its 95 % Wilson interval, what its answers are like before → after, minutes."""
-    keys = ("parse_rate", "reading_rate", "expert_agreement")
-    rows = []
-    for folder in itertools.chain.from_iterable(map(runs, PAPER)):
-        task = folder.name.split("-")[0]
-        end = read(folder / "eval.json")
-        low, high = 100 * end["success_low"], 100 * end["success_high"]
-        minutes = f"{read(folder / 'wall.json')['wall_s'] / 60:.0f}" if (folder / "wall.json").exists() else "–"
-        rows.append([folder.name, f"{100 * end['success']:.1f} ({low:.1f} to {high:.1f})",
-                     *(f"{baseline(task, 'start', key):.1f} → {100 * end[key]:.1f}" for key in keys), minutes])
-    return markdown(["run", "success (95 % of these games)", "named a legal action", "read the picture right",
-                     "played as the expert", "minutes"], rows)
-
-
-def lambdas():
-    """λ on both games, and how NumberLine was learned (means over seeds); "" as long as there is no run for it."""
-    if not any(runs(task, f"lambda-{weight}") for task in ("numberline", "blackjack") for weight in LAMBDAS):
-        return ""
-    rows = [[f"{task}, success", *(shown(finals(lambda_runs(task, weight))) for weight in LAMBDAS)]
-            for task in ("numberline", "blackjack")]
-    measures = (
-        ("first rollout that succeeds in 90 %", ".1f",
-         lambda run: next((row["update"] for row in run if row["success"] >= 0.9), None)),
-        ("updates that `target_kl` cut short", ".1f",
-         lambda run: sum(row["minibatches"] < max(row["minibatches"] for row in run) for row in run)),
-        ("answers parsed, worst rollout, %", ".0f", lambda run: 100 * min(row["parse_rate"] for row in run)),
-        ("mean norm of the first update's gradients", ".2g", lambda run: run[0]["grad_norm"]))
-    for name, form, measure in measures:
-        cells = []
-        for weight in LAMBDAS:
-            found = [measure(metrics(folder)) for folder in lambda_runs("numberline", weight)]
-            cells.append("–" if None in found or not found else f"{statistics.fmean(found):{form}}")
-        rows.append([f"numberline, {name}", *cells])
-    return markdown(["λ", *LAMBDAS], rows)
-
-
-def trust_regions():
-    """NumberLine, seed 1: how far λ lets an answer move, set by other means (results/tried/README.md)."""
-    folders = {"λ = 0.1": "runs/numberline-lambda-0.1-seed1",
-               "λ = 1, clip 0.9, `target_kl` 10": "tried/lambda-1-wide-numberline-seed1",
-               "λ = 1": "runs/numberline-lambda-1-seed1",
-               "λ = 0.1, clip 0.01, `target_kl` 0.001": "tried/lambda-0.1-narrow-numberline-seed1"}
-    rows = [[name, *(f"{100 * row['success']:.0f}" for row in metrics(RESULTS / folder)[:6])]
-            for name, folder in folders.items()]
-    return markdown(["success in rollout, %", *map(str, range(1, 7))], rows)
-
-
-def best_effort():
-    """From a stronger start, with other settings (each run's command.txt); "" as long as there is no run for it."""
-    rows = []
-    for task in PAPER:
-        for folder in runs(task, "best"):
-            taught = read(RESULTS / "baselines" / f"{task}-best-sft.json")
-            end, minutes = read(folder / "eval.json"), (taught["wall_s"] + read(folder / "wall.json")["wall_s"]) / 60
-            low, high = 100 * end["success_low"], 100 * end["success_high"]
-            rows.append([folder.name, f"{taught['steps']:,}", f"{baseline(task, 'best-start'):.1f}",
-                         f"**{100 * end['success']:.1f}** ({low:.1f} to {high:.1f})", f"{baseline(task, 'expert'):.1f}",
-                         f"{minutes:.0f}"])
-    head = ["best effort", "batches of SFT", "SFT alone", "RL (95 % of these games)", "expert, same deals", "minutes"]
-    return markdown(head, rows) if rows else ""
-
-
-def decisions():
-    """How often each Blackjack policy hits, by total: what the average does not show."""
-    keys = ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17")
-    found = {"the best play for wins, same deals": "baselines/blackjack-expert.json",
-             "SFT start": "baselines/blackjack-start.json"}
-    for name, variant in (("RL, seed", ""), ("RL without CoT, seed", "no-cot")):
-        found |= {f"{name} {folder.name[-1]}": f"runs/{folder.name}/eval.json" for folder in runs("blackjack", variant)}
-    rows = []
-    for name, file in found.items():
-        result = read(RESULTS / file)
-        rows.append([name, *(f"{100 * result[key]:.0f} %" for key in keys), f"{100 * result['success']:.1f} %"])
-    return markdown(["hits", "on 4 to 11", "on 12 to 16", "on 17 to 21", "wins"], rows)
-
-
-def plans():
-    """How often the formula games' written plan is right, and is followed."""
-    rows = []
-    for task in ("ezpoints", "points24"):
-        found = {"SFT start": f"baselines/{task}-start.json"}
-        found |= {f"RL, seed {folder.name[-1]}": f"runs/{folder.name}/eval.json" for folder in runs(task)}
-        for name, file in found.items():
-            result = read(RESULTS / file)
-            shares = (f"{100 * result[key]:.0f} %" for key in ("plan_rate", "plan_followed"))
-            rows.append([f"{task}: {name}", *shares, f"{100 * result['success']:.1f} %"])
-    return markdown(["formula games", "plan right while a solution is in reach", "next symbol follows the plan",
-                     "success"], rows)
-
-
-def value_heads():
-    """NumberLine with other value heads: how well V explains returns at its best, how answers parse at worst."""
-    rows = []
-    for folder, text in TRIED.items():
-        run = metrics(RESULTS / folder)
-        best = max(row["explained_variance"] for row in run)
-        worst = [f"{100 * min(row['parse_rate'] for row in part):.1f} %" if part else "–"
-                 for part in (run[4:14], run[19:])]
-        rows.append([text, folder[-1], str(len(run)), f"{best:.2f}", *worst])
-    return markdown(["V on NumberLine", "seed", "updates", "variance explained at best",
-                     "answers parsed, worst of updates 5 to 14", "of 20 and later"], rows)
-
-
-def settings_tried():
-    """One setting changed at a time, seed 1: success in training and in held-out games, an answer's entropy."""
-    rows = []
-    for task in ("points24", "blackjack"):
-        found = {"as shipped": runs(task)[:1]} | {text: runs(task, text.replace(" ", "-")) for text in SEARCH}
-        for name, folders in found.items():
-            if not folders:
-                continue
-            run = metrics(folders[0])
-            # Minus the mean log-probability of what was sampled is an estimate of the entropy.
-            entropy = [-statistics.fmean(row["thought_logp"] + row["action_logp"] for row in part)
-                       for part in (run[:1], run[-10:])]
-            success = [statistics.fmean(100 * row["success"] for row in part) for part in (run[:3], run[-10:])]
-            rows.append([f"{task}: {name}", f"{success[0]:.1f} → {success[1]:.1f}", f"{finals(folders)[0]:.1f}",
-                         f"{entropy[0]:.2f} → {entropy[1]:.2f}", f"{100 * min(row['parse_rate'] for row in run):.0f}"])
-    return markdown(["one setting changed", "first three → last ten rollouts", "held-out games",
-                     "entropy of an answer, nats", "answers parsed, worst rollout, %"], rows)
-
-
-def speed_choices():
-    """What one update takes with each choice for speed undone, or tried, alone: seconds, and times what is done."""
-    found = read(RESULTS / "bench" / "speed_ablation.json")["seconds"]
-    done = sum(found["as shipped"])
-    rows = [[name, f"{playing:.2f}", f"{learning:.2f}", f"{(playing + learning) / done:.2f}"]
-            for name, (playing, learning) in found.items()]
-    return markdown(["one choice undone or tried", "playing, s", "learning, s", "both, times as shipped"], rows)
-
-
-def tables():
-    """All of them, without those that no run stands behind yet."""
-    return [text for make in (table, references, seeds, lambdas, trust_regions, best_effort, decisions, plans,
-                              value_heads, settings_tried, speed_choices)
-            if (text := make())]
 
 
 def make_parser():
