@@ -28,6 +28,8 @@ from torch import nn
 from families import PARTS, Family, ModelError
 from lora import add_lora, load_adapters, save_adapters
 
+PREFILL_TOKENS = 8192       # prompts are read in groups of at most so many tokens, for memory; decoding takes them all
+
 
 # ---- the value head -------------------------------------------------------------------------------------------------
 class ValueHead(nn.Module):
@@ -225,12 +227,12 @@ class Policy(nn.Module):
         """
         ids, mask, positions, _, _ = self._collate(prompts)
         self._set_mode(train=False)
-        output = self._body(ids, mask, positions, self.image_features(prompts), use_cache=True)
+        hidden, cache = self._prefill(ids, mask, positions, self.image_features(prompts))
         position = positions[..., -1:]
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         for length in range(1, max_new_tokens + 1):
-            logp = self._log_softmax(output.last_hidden_state[:, -1])             # (B, V)
+            logp = self._log_softmax(hidden)                                      # (B, V)
             if greedy:
                 drawn = logp.argmax(-1, keepdim=True)
             else:
@@ -246,8 +248,24 @@ class Policy(nn.Module):
             if not unfinished or length == max_new_tokens:
                 break
             mask, position = F.pad(mask, (0, 1), value=1), position + 1
-            output = self._body(drawn, mask, position, cache=output.past_key_values, use_cache=True)
+            hidden = self._body(drawn, mask, position, cache=cache, use_cache=True).last_hidden_state[:, -1]
         return responses
+
+    def _prefill(self, ids, mask, positions, features):
+        """Read prompts, PREFILL_TOKENS at most at a time: the hidden states at their ends (B, D), and one cache."""
+        size = max(1, PREFILL_TOKENS // ids.shape[1])
+        ends, caches = [], []
+        for k in range(0, len(ids), size):
+            rows = slice(k, k + size)
+            output = self._body(ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
+            ends.append(output.last_hidden_state[:, -1])
+            caches.append(output.past_key_values)
+        for first, *others in zip(*(cache.layers for cache in caches)) if len(caches) > 1 else ():
+            for name in ("keys", "values"):
+                setattr(first, name, torch.cat([getattr(layer, name) for layer in (first, *others)]))
+                for layer in others:
+                    setattr(layer, name, None)              # its memory, a layer at a time
+        return torch.cat(ends), caches[0]
 
     def decode(self, response: list[int]) -> str:
         """Text of a response, without special tokens, not tidied up."""

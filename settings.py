@@ -64,7 +64,7 @@ class Settings(ModelSettings):
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
     gradient_checkpointing: int = setting(None, "less memory for more time: of every layer (1), of every second (2), "
-                                          "of none (0; also where a large model fits the GPU four times)",
+                                          "of none (0; also where it fits the GPU so)",
                                           small=0, large=1)
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all")
@@ -72,7 +72,7 @@ class Settings(ModelSettings):
     num_steps: int = setting(8, "steps of each game per update: 512 samples (paper: 1024 on the formula games)")
     max_new_tokens: int = setting(256, "longest answer")
     play_batch_size: int = setting(None, "answers generated at once, for memory (another size draws other tokens)",
-                                   small=64, large=16)
+                                   small=64, large=32)
     # learning
     cot_lambda: float = setting(0.5, "λ, the weight of the thoughts' log-probability, 0 to 1")
     gamma: float = setting(0.9, "discount")

@@ -218,7 +218,8 @@ def teach(settings):
     fill_in(settings, small)
     parts = () if settings.full else settings.target_modules or tuple(PARTS)
     policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), parts, seed=settings.seed,
-                    gradient_checkpointing=int(not small), base_name=loaded.base)
+                    gradient_checkpointing=int(not small) if loaded.checkpointing is None else loaded.checkpointing,
+                    base_name=loaded.base)
     if settings.full:
         settings.rank = None                                # there are no adapters
     if loaded.adapters:

@@ -184,7 +184,7 @@ def draw_curve(folder):
 # ---- the command line -----------------------------------------------------------------------------------------------
 def teach_format(settings):
     """The paper's first stage, where plain large weights need it; return the name of the model that RL starts from."""
-    found = find_model(settings.model, settings.bits)
+    found = find_model(settings.model, settings.bits, settings)
     parallel.say(f"model: {found.why}")
     settings.model = found.name
     # the fewest of all processes' bits: each has its own GPU's free memory, and they must hold the same weights
@@ -220,7 +220,7 @@ def make_policy(settings, checkpoint=None, loaded=None):
     """
     if loaded is None:
         start = checkpoint or teach_format(settings)
-        loaded = open_model(start, settings.bits)
+        loaded = open_model(start, settings.bits, settings)
         if start != settings.model:
             parallel.say(f"model: {loaded.why}")
     settings.bits, adapters = loaded.bits, {}
@@ -228,8 +228,8 @@ def make_policy(settings, checkpoint=None, loaded=None):
         adapters = adapter_settings(loaded.adapters)
         take_up(settings, adapters)
     small = is_small(loaded.model.config)
-    if settings.gradient_checkpointing is None and not small and loaded.room >= 4:
-        settings.gradient_checkpointing = 0
+    if settings.gradient_checkpointing is None:
+        settings.gradient_checkpointing = loaded.checkpointing
     fill_in(settings, small)
     settings.target_modules = settings.target_modules or tuple(PARTS)
     policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), settings.target_modules,

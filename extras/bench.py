@@ -7,7 +7,7 @@
     python -m extras.bench --model llava-7b-random --memory-gb 24        # the 7B shape; without a GPU, its memory plan
 
 Prints a table; the last line is one JSON object with every figure (also to --out). Speed and memory do not hang on
-the weights' values, so `llava-7b-random` needs no download (shape7b.py).
+the weights' values, so `llava-7b-random` needs no download (shapes.py).
 How FLOPs are counted, of LLaVAs alone: see `update_flops`. Does not handle: whether anything is learned (eval.py).
 """
 
@@ -23,14 +23,14 @@ from torch import nn
 from env import GAMES
 from extras.machine import machine, matmul_rate, memory_now, peak_memory, seconds
 from extras.published import compare
-from extras.shape7b import byte_processor, llava_7b_config, memory_plan, random_nf4
+from extras.shapes import byte_processor, llava_7b_config, random_nf4
 from families import part_of_path
 from loading import Loaded, ModelError
 from lora import LoRALinear
-from parse import make_prompt
+from memory import memory_plan, peak, prompt_size
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout
-from settings import Settings, add_flags, default_of
+from settings import Settings, add_flags
 from train import Run, make_policy
 
 RANDOM_7B = "llava-7b-random"
@@ -199,12 +199,12 @@ def main(arguments=None):
         if options.model == RANDOM_7B:
             processor = byte_processor()
             config = llava_7b_config(processor)
-            figures["memory_plan_gib"] = plan_7b(config, processor, options)
+            figures["memory_plan_gib"] = plan_7b(config, processor, settings, options.memory_gb)
             if device.type != "cuda":
                 finish(figures | {"measured": False}, options.out)
                 return
             loaded = Loaded(name=RANDOM_7B, bits="4", base=RANDOM_7B, adapters=None, folder="", config=config,
-                            device=str(device), room=0.0, why="", model=random_nf4(config, device),
+                            device=str(device), checkpointing=1, why="", model=random_nf4(config, device),
                             processor=processor)
             settings.max_new_tokens = options.answer_tokens
         policy = make_policy(settings, loaded=loaded)
@@ -225,18 +225,11 @@ def main(arguments=None):
     finish(figures, options.out)
 
 
-def plan_7b(config, processor, options):
-    """memory_plan in GiB with the defaults of train.py, its sum, and the cap."""
-    game = GAMES[options.task]()
-    prompt_tokens = len(processor.tokenizer(make_prompt(game, game.reset(seed=0)[1])).input_ids) + 576
-    rank, micro_batch, play_batch = (default_of(Settings, name, small=False)
-                                     for name in ("rank", "micro_batch_size", "play_batch_size"))
-    plan = memory_plan(config, rank, micro_batch, play_batch, prompt_tokens, options.answer_tokens)
-    stays = sum(size for use, size in plan.items() if ":" not in use)
-    update = sum(size for use, size in plan.items() if use.startswith("update:"))
-    play = sum(size for use, size in plan.items() if use.startswith("play:"))
-    plan |= {"sum, the larger of update and play": stays + max(update, play)}
-    return {use: size / 2**30 for use, size in plan.items()} | {"cap": options.memory_gb}
+def plan_7b(config, processor, settings, cap):
+    """memory_plan in GiB with the defaults of train.py, its peak, and the cap."""
+    settings.bits, settings.gradient_checkpointing = 4, 1
+    plan = memory_plan(config, settings, prompt_size(config, processor, settings.task))
+    return {use: size / 2**30 for use, size in (plan | {"peak": peak(plan)}).items()} | {"cap": cap}
 
 
 def finish(figures, path):

@@ -1,6 +1,7 @@
 """A LLaVA for two CPU cores, made from nothing: same classes, same folder layout, 1.5 million parameters.
 
     python -m extras.pocket --out runs/my-pocket       # under half an hour; checkpoints/pocket holds the result
+    python -m extras.pocket --family qwen3_vl --out runs/pocket-qwen3         # the same lessons for another family
 
 Everything the 7B model goes through, it goes through: from_pretrained, 4 bits, LoRA, generate, score, PPO. It learns
 in three lessons on pictures drawn on the fly: first to say what a picture shows; then to answer in the games' format;
@@ -23,10 +24,15 @@ from transformers import (
     LlavaNextProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from env import GAMES
+from families import save_processor, without_video
 from games.expert import reading
 from loading import load_model
 from parse import make_answer
@@ -59,7 +65,7 @@ PIECES = Regex("|".join((
     ".")))
 
 
-def make_tokenizer(seed=0, vocabulary=640):
+def make_tokenizer(seed=0, vocabulary=640, image=("<image>",), **named):
     """Train a byte-level BPE on the games' own prompts and answers: at most so many tokens, the same for a seed."""
     texts = []
     for task, cot in itertools.product(GAMES, (True, False)):
@@ -70,20 +76,20 @@ def make_tokenizer(seed=0, vocabulary=640):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in ("<pad>", "<s>", "</s>", "<image>")]
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<pad>", "<s>", "</s>", *image)]
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   extra_special_tokens={"image_token": "<image>"})
+                                   extra_special_tokens={"image_token": image[0]} | named)
 
 
-def make_processor(seed=0, side=SIDE, patch=PATCH, vocabulary=640):
+def make_processor(tokenizer, side=SIDE, patch=PATCH, chat_template=CHAT_TEMPLATE):
+    """A LLaVA-NeXT's processor for pictures of side × side pixels."""
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=[[side, side]])
-    return LlavaNextProcessor(images, make_tokenizer(seed, vocabulary), patch_size=patch,
-                              vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
-                              num_additional_image_tokens=1)
+    return LlavaNextProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
+                              chat_template=chat_template, num_additional_image_tokens=1)
 
 
 def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS):
@@ -107,6 +113,45 @@ def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISI
         return LlavaNextForConditionalGeneration(config)
 
 
+def llava_next(seed=0):
+    """(model, processor) of the pocket LLaVA, before its lessons."""
+    processor = make_processor(make_tokenizer(seed))
+    return make_model(processor, seed), processor
+
+
+def qwen3_vl(seed=0, patch=15, vision_hidden=96):
+    """The same for a Qwen3-VL of as many weights: M-RoPE, four patches a token, a deeper vision layer seen as well."""
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer = make_tokenizer(seed, image=special)
+    images = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2,
+                                      size={"shortest_edge": SIDE ** 2, "longest_edge": SIDE ** 2})
+    processor = without_video(Qwen3VLProcessor)(
+        image_processor=images, tokenizer=tokenizer, video_processor=None,
+        chat_template=CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"))
+    ids = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+                   tokenizer.convert_tokens_to_ids(special)))
+    config = Qwen3VLConfig(
+        text_config={"vocab_size": len(tokenizer), "hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN,
+                     "num_hidden_layers": TEXT_LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+                     "head_dim": HIDDEN // HEADS, "max_position_embeddings": 1024, "initializer_range": 0.08,
+                     "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+                     "eos_token_id": tokenizer.eos_token_id,
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5],
+                                         "mrope_interleaved": True}},
+        vision_config={"depth": VISION_LAYERS, "hidden_size": vision_hidden, "intermediate_size": 4 * vision_hidden,
+                       "num_heads": HEADS, "patch_size": patch, "out_hidden_size": HIDDEN,
+                       "num_position_embeddings": (SIDE // patch) ** 2, "deepstack_visual_indexes": [1],
+                       "initializer_range": 0.08},
+        initializer_range=0.08, tie_word_embeddings=False, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3VLForConditionalGeneration(config), processor
+
+
+FAMILIES = {"llava_next": llava_next, "qwen3_vl": qwen3_vl}
+
+
+# ---- its lessons ----------------------------------------------------------------------------------------------------
 def captions(task, seed):
     """Yield Demonstrations that only say what the picture shows: the first lesson."""
     game, generator = GAMES[task](), np.random.default_rng([seed, len(task)])
@@ -128,16 +173,16 @@ def answers(noise, seed, streams=16):
             for i in range(streams) for task in (*GAMES, "points24", "points24")]
 
 
-def build(out, seed=0, steps=(500, 4200, 300), batch=64, streams=16):
+def build(out, seed=0, steps=(500, 4200, 300), batch=64, streams=16, family="llava_next"):
     """Make the pocket model, teach it three lessons of so many steps, write it to the folder `out` (fp16: 3 MB)."""
-    processor = make_processor(seed)
-    policy = Policy(make_model(processor, seed), processor, target_modules=(), seed=seed)
+    model, processor = FAMILIES[family](seed)
+    policy = Policy(model, processor, target_modules=(), seed=seed)
     generator = np.random.default_rng(seed)
     reads = [captions(task, seed + i) for i in range(streams) for task in GAMES]
     finetune(policy, mixed(reads, batch, generator), steps[0], 1e-3, title="reading")
     finetune(policy, mixed(answers(EARLY_NOISE, seed, streams), batch, generator), steps[1], 1e-3, title="answering")
     policy.model.half().save_pretrained(out)
-    processor.save_pretrained(out)
+    save_processor(processor, out)
     last_lesson(out, seed, steps[2], batch)
 
 
@@ -152,6 +197,7 @@ def last_lesson(out, seed, steps, batch=64):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
+    parser.add_argument("--family", choices=FAMILIES, default="llava_next", help="which classes of model [llava_next]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=3, default=(500, 4200, 300), metavar=("READ", "ANSWER", "SETTLE"),
                         help="steps of the three lessons [500 4200 300]")
@@ -166,7 +212,7 @@ def main(arguments=None):
     if options.seed < 0 or min(options.steps) < 1:
         parser.error("--seed must not be negative, --steps 1 or more")
     begun = time.perf_counter()
-    build(options.out, options.seed, options.steps)
+    build(options.out, options.seed, options.steps, family=options.family)
     print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task blackjack "
           f"--model {options.out}")
 

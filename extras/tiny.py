@@ -33,6 +33,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -40,6 +43,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision import image_processing_pil_llava_onevision
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 import families
 
@@ -163,21 +167,26 @@ def internvl():
         {"image_processor": images, "tokenizer": tokenizer, "image_seq_length": 16}, "<IMG_CONTEXT>"
 
 
-def idefics3():
+def idefics3(config_class=Idefics3Config, model_class=Idefics3ForConditionalGeneration,
+             processor_class=Idefics3Processor, images_class=Idefics3ImageProcessorPil):
     tokenizer = byte_tokenizer(["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"])
-    config = Idefics3Config(
+    config = config_class(
         text_config={"model_type": "llama", **text_settings(tokenizer)},
         vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                        "image_size": 64, "patch_size": 8},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2)
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 128}, max_image_size={"longest_edge": 64})
-    return Idefics3ForConditionalGeneration, config, Idefics3Processor, \
+    images = images_class(size={"longest_edge": 128}, max_image_size={"longest_edge": 64})
+    return model_class, config, processor_class, \
         {"image_processor": images, "tokenizer": tokenizer, "image_seq_len": 16}, "<image>"
+
+
+def smolvlm():
+    return idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor, SmolVLMImageProcessorPil)
 
 
 KINDS = {"llava": llava, "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl,
          "qwen2_5_vl": lambda: qwen2_vl("2_5"), "qwen3_vl": qwen3_vl, "gemma3": gemma3, "internvl": internvl,
-         "idefics3": idefics3}
+         "idefics3": idefics3, "smolvlm": smolvlm}
 
 
 def make(kind: str, folder, seed=0):
