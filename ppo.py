@@ -114,6 +114,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
     optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
     means = torch.tensor(history).mean(0).tolist()
+    ratio_error = parallel.concat(torch.tensor([ratio_error])).max().item()
     return {**dict(zip(names, means)), "minibatches": len(history), "ratio_error": ratio_error}
 
 

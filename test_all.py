@@ -1940,7 +1940,7 @@ def test_the_7b_shape_and_its_memory_plan():
     from bitsandbytes.nn import Linear4bit
     processor = pocket.make_processor(pocket.make_tokenizer())
     config = pocket.make_model(processor, hidden=64, vision_layers=1, text_layers=1).config
-    small = shapes.random_nf4(config, torch.device("cpu"))
+    small = shapes.random_model(config, torch.device("cpu"))
     stored = 0
     for module in small.modules():
         if isinstance(module, Linear4bit):

@@ -108,7 +108,7 @@ def set_learning_rates(run):
 
 # ---- what a run shows of itself -------------------------------------------------------------------------------------
 def record(run, folder, rollout, learned, spent, bar):
-    """Write an update's lines into the run folder and show them; of all processes, ratio_error of the first."""
+    """Write an update's lines into the run folder and show them."""
     metrics = play_metrics(rollout, run.settings) | learned | value_metrics(rollout)
     if parallel.rank():
         return

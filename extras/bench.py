@@ -12,6 +12,7 @@ How FLOPs are counted, of LLaVAs alone: see `update_flops`. Does not handle: whe
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -23,7 +24,7 @@ from torch import nn
 from env import GAMES
 from extras.machine import machine, matmul_rate, memory_now, peak_memory, seconds
 from extras.published import compare
-from extras.shapes import byte_processor, llava_7b_config, random_nf4
+from extras.shapes import byte_processor, llava_7b_config, random_model
 from families import part_of_path
 from loading import Loaded, ModelError
 from lora import LoRALinear
@@ -34,6 +35,7 @@ from settings import Settings, add_flags
 from train import Run, make_policy
 
 RANDOM_7B = "llava-7b-random"
+FLAGS = ("num_envs", "num_steps", "bits", "gradient_checkpointing", "micro_batch_size", "play_batch_size")
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def game_rates(steps=3000):
 
 
 def one_update(run):
-    """Play and learn once: (rollout, seconds playing and scoring, seconds learning)."""
+    """Play and learn once: (rollout, what ppo_update says, seconds playing and scoring, seconds learning)."""
     policy, settings, device = run.policy, run.settings, run.policy.device
 
     def play():
@@ -107,21 +109,26 @@ def one_update(run):
         score_rollout(policy, rollout, settings)
         add_advantages(policy, rollout, settings)
 
-    rollout = None
-    playing = seconds(play, device)
-    learning = seconds(lambda: ppo_update(policy, run.optimizer, rollout, settings, run.shuffling), device)
-    return rollout, playing, learning
+    def learn():
+        learned.update(ppo_update(policy, run.optimizer, rollout, settings, run.shuffling))
+
+    rollout, learned = None, {}
+    playing, learning = seconds(play, device), seconds(learn, device)
+    return rollout, learned, playing, learning
 
 
 def measure(run, updates):
-    """A dict of figures, means over `updates` whole updates after one to warm up; also the last rollout."""
+    """A dict of figures, means over `updates` whole updates after a short one to warm up; also the last rollout."""
     device, settings = run.policy.device, run.settings
+    num_steps, settings.num_steps = settings.num_steps, -(-2 // settings.num_envs)
     one_update(run)
+    settings.num_steps = num_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    memory, sums = [memory_now(device)], torch.zeros(5, dtype=torch.float64)
+    memory, sums, ratio_error = [memory_now(device)], torch.zeros(5, dtype=torch.float64), 0.0
     for _ in range(updates):
-        rollout, playing, learning = one_update(run)
+        rollout, learned, playing, learning = one_update(run)
+        ratio_error = max(ratio_error, learned["ratio_error"])
         samples = list(zip(rollout.prompts, rollout.responses))
         flops = sum(update_flops(run.policy, len(prompt.ids), len(response))[1] for prompt, response in samples
                     if run.policy.family.facts.square)      # counted for LLaVAs alone
@@ -132,7 +139,7 @@ def measure(run, updates):
     figures = {
         "env_steps_per_s": settings.batch_size / playing, "tokens_per_s": answer_tokens / playing,
         "samples_per_s": settings.batch_size * settings.update_epochs / learning,
-        "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
+        "ratio_error": ratio_error, "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
         "answer_tokens": answer_tokens / settings.batch_size, "prompt_tokens": prompt_tokens / settings.batch_size,
         **peak_memory(device), "memory_gib": memory}
     if not flops:
@@ -157,7 +164,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket", help=f"pocket, {RANDOM_7B}, a hub name or a folder")
     parser.add_argument("--task", default="blackjack", choices=GAMES)
-    add_flags(parser, Settings, ("num_envs", "num_steps"))
+    add_flags(parser, Settings, FLAGS)
     parser.add_argument("--updates", type=int, default=2, help="updates to measure, after one to warm up")
     parser.add_argument("--answer-tokens", type=int, default=100, help=f"length of every answer of {RANDOM_7B}")
     parser.add_argument("--memory-gb", type=float, help="cap of torch's memory on the GPU, in GiB")
@@ -179,7 +186,7 @@ def print_table(figures):
 def main(arguments=None):
     parser = make_parser()
     options = parser.parse_args(arguments)
-    given = {name: getattr(options, name) for name in ("num_envs", "num_steps") if hasattr(options, name)}
+    given = {name: getattr(options, name) for name in FLAGS if hasattr(options, name)}
     for name in ("updates", "answer_tokens", "baseline_samples", "memory_gb"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
@@ -203,8 +210,9 @@ def main(arguments=None):
             if device.type != "cuda":
                 finish(figures | {"measured": False}, options.out)
                 return
-            loaded = Loaded(name=RANDOM_7B, bits="4", base=RANDOM_7B, adapters=None, folder="", config=config,
-                            device=str(device), checkpointing=1, why="", model=random_nf4(config, device),
+            bits = "4" if settings.bits == "auto" else settings.bits
+            loaded = Loaded(name=RANDOM_7B, bits=bits, base=RANDOM_7B, adapters=None, folder="", config=config,
+                            device=str(device), checkpointing=1, why="", model=random_model(config, device, bits),
                             processor=processor)
             settings.max_new_tokens = options.answer_tokens
         policy = make_policy(settings, loaded=loaded)
@@ -226,8 +234,10 @@ def main(arguments=None):
 
 
 def plan_7b(config, processor, settings, cap):
-    """memory_plan in GiB with the defaults of train.py, its peak, and the cap."""
-    settings.bits, settings.gradient_checkpointing = 4, 1
+    """memory_plan in GiB, its peak, and the cap; in 4 bits with gradient checkpointing where nothing else was given."""
+    settings = dataclasses.replace(settings, bits="4" if settings.bits == "auto" else settings.bits)
+    if settings.gradient_checkpointing is None:
+        settings.gradient_checkpointing = 1
     plan = memory_plan(config, settings, prompt_size(config, processor, settings.task))
     return {use: size / 2**30 for use, size in (plan | {"peak": peak(plan)}).items()} | {"cap": cap}
 

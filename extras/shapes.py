@@ -3,7 +3,7 @@
     python -m extras.shapes                                 # the README's table: which model on which GPU, by memory.py
 
     processor = byte_processor()
-    model = random_nf4(llava_7b_config(processor), torch.device("cuda"))
+    model = random_model(llava_7b_config(processor), torch.device("cuda"), bits="4")
 
 Speed and memory do not hang on the weights' values; extras/bench.py measures this model. byte_processor's prompts have
 one token a byte, more than the real tokenizer's. Does not handle: real checkpoints (loading.load_model).
@@ -70,13 +70,15 @@ def llava_7b_config(processor):
                            vision_feature_select_strategy="default", tie_word_embeddings=False)
 
 
-def random_nf4(config, device):
-    """A LLaVA-NeXT of the configuration with random weights, its linear layers in NF4 as `load_model` has them."""
+def random_model(config, device, bits="4"):
+    """A LLaVA-NeXT of the configuration with random weights; in 4 bits its linear layers are NF4 as in `load_model`."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = LlavaNextForConditionalGeneration._from_config(config, dtype=dtype)
+    if bits != "4":
+        return model
     head = model.get_output_embeddings()
     for path in [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]:
         module = model.get_submodule(path)

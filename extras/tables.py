@@ -49,6 +49,18 @@ def table():
                      "exact ceiling", "paper, 7B: SFT → RL"], rows)
 
 
+def families():
+    """The same RL on pocket models of other families; "" as long as there is no run for it."""
+    rows = []
+    for task in PAPER:
+        if others := runs(task, "qwen3_vl"):
+            rows.append([task, f"{baseline(task, 'start'):.1f} → {shown(finals(runs(task)))}",
+                         f"{baseline(task, 'qwen3_vl-start'):.1f} → {shown(finals(others))}",
+                         f"{shown(finals(others, 'parse_rate'))}", f"{shown(finals(others, 'reading_rate'))}"])
+    return markdown(["success, %", "LLaVA-NeXT: start → RL", "Qwen3-VL: start → RL", "its answers parsed",
+                     "its pictures read"], rows) if rows else ""
+
+
 def references():
     """What needs no RL, measured on the same deals, and the paper's other rows: success in %."""
     rows = []
@@ -196,6 +208,6 @@ def speed_choices():
 
 def tables():
     """All of them, without those that no run stands behind yet."""
-    return [text for make in (table, references, seeds, lambdas, trust_regions, best_effort, decisions, plans,
+    return [text for make in (table, references, seeds, families, lambdas, trust_regions, best_effort, decisions, plans,
                               value_heads, settings_tried, speed_choices)
             if (text := make())]

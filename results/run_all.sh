@@ -62,6 +62,21 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
     train "$name" "$games" --task "$task" --model "$start" "$@"
 }
 
+family() {   # family NAME GAMES FAMILY ARGUMENTS…: RL on a pocket model of another family, made first where it is missing
+    local name=$1 games=$2 family=$3 task=${1%%-*} model="runs/pocket-$3"; shift 3
+    mkdir -p runs
+    exec 8> "$model.lock"; flock 8                              # the others wait for the one that makes it
+    if [ ! -d "$model" ]; then
+        local begun=$SECONDS
+        python -m extras.pocket --family "$family" --steps 500 3000 300 --out "$model" > "$model.log" 2>&1 ||
+            { echo "$name failed: $model.log"; return 1; }
+        echo "{\"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/baselines/pocket-$family.json"
+    fi
+    flock -u 8
+    evaluate "$task-$family-start" "$games" --task "$task" --model "$model"
+    train "$name" "$games" --model "$model" "$@"
+}
+
 runs() {
     local task seed cot_lambda setting
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000)
@@ -78,6 +93,12 @@ runs() {
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
             echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
+        done
+    done
+    # the same on another family of models
+    for seed in 1 2 3; do
+        for task in blackjack numberline; do
+            echo family $task-qwen3_vl-seed$seed ${games[$task]} qwen3_vl --task $task --seed $seed
         done
     done
     # without chain of thought
@@ -112,6 +133,6 @@ runs() {
     done
 }
 
-export -f train features learn finish evaluate best
+export -f train features learn finish evaluate best family
 mkdir -p results/baselines
 runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
