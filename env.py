@@ -11,6 +11,7 @@ Does not handle: drawing (games/draw.py), the arithmetic of formulas (games/form
 """
 
 import copy
+import math
 
 import gymnasium
 import numpy as np
@@ -24,7 +25,8 @@ class CardGame(gymnasium.Env):
     """What the four games share: seeding, step counting, success, saved states.
 
     A game sets `description`, `actions` and `fields` (its state, plain JSON values) and writes `_deal`, `_play`,
-    `_info` and `_draw`; `state_text(info)` is what of its state goes into the prompt ("" where the picture says all).
+    `_info`, `_draw` and `_is_possible` (whether its fields' values can be); `state_text(info)` is what of its state
+    goes into the prompt ("" where the picture says all).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 1}
@@ -57,7 +59,7 @@ class CardGame(gymnasium.Env):
         if getattr(self, "over", True):
             raise RuntimeError("there is no episode to step in: call reset() first")
         legal = self.legal_actions()
-        if not 0 <= action < len(legal):
+        if isinstance(action, bool) or not isinstance(action, int | np.integer) or not 0 <= action < len(legal):
             raise ValueError(f"action {action!r} is not an index into the legal actions {legal}")
         reward, terminated = self._play(legal[action])
         self.steps += 1
@@ -70,11 +72,13 @@ class CardGame(gymnasium.Env):
     def observe(self):
         """(picture, info) of the present state: what reset and step return, to be had again after set_state."""
         info = {key: list(value) if isinstance(value, list) else value for key, value in self._info().items()}
-        if self.over:
-            info["is_success"] = self.episode_return > 0       # the paper's measure; a drawn Blackjack is no success
+        # The paper's measure; a drawn Blackjack is no success. At every step, for wrappers may end an episode early.
+        info["is_success"] = self.episode_return > 0
         return self._draw(), info
 
     def render(self):
+        if not hasattr(self, "over"):
+            raise RuntimeError("there is nothing to draw yet: call reset() first")
         return self._draw()
 
     def get_state(self):
@@ -90,13 +94,28 @@ class CardGame(gymnasium.Env):
         if set(state) != names or state["game"] != type(self).__name__:
             raise ValueError(f"not a state of {type(self).__name__}: expected the keys {sorted(names)}, "
                              f"got {sorted(state)} of {state.get('game')}")
+        tried = copy.copy(self)
         for name in names - {"generator", "game"}:
-            setattr(self, name, copy.deepcopy(state[name]))
-        self.np_random.bit_generator.state = state["generator"]
+            setattr(tried, name, copy.deepcopy(state[name]))
+        counts = type(tried.steps) is int and 0 <= tried.steps <= (self.max_steps or math.inf)
+        if not (counts and type(tried.over) is bool and type(tried.episode_return) in (int, float)
+                and math.isfinite(tried.episode_return) and tried._is_possible()):
+            raise ValueError(f"not a state that {type(self).__name__} can be in: {state}")
+        tried.np_random = np.random.default_rng()
+        try:
+            tried.np_random.bit_generator.state = state["generator"]
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise ValueError(f"the state's generator is not numpy's PCG64: {error}") from error
+        vars(self).update(vars(tried))
+
+
+def _are_cards(cards):
+    """Whether a value is a list of cards 0..51."""
+    return isinstance(cards, list) and all(type(card) is int and 0 <= card < 52 for card in cards)
 
 
 class NumberLine(CardGame):
-    """Move the current number to the target, one step at a time, in 0..max_position.
+    """Move the current number to the target, one step at a time, in 0..max_position, within 2 · max_position steps.
 
     Reward: +1 on reaching the target (ends), −1 for a step that brings it no closer (a bump at the edge too), else 0.
     """
@@ -104,13 +123,15 @@ class NumberLine(CardGame):
     description = "Move the current number to the target number."
     actions = ("-", "+")
     fields = ("target", "current")
-    max_steps = 10
 
     def __init__(self, max_position=5, render_mode=None):
-        if max_position < 1:
-            raise ValueError(f"max_position must be 1 or more, not {max_position}")
-        self.max_position = max_position
+        if not 1 <= max_position <= 99:
+            raise ValueError(f"max_position must be 1 to 99, so that the picture can show it, not {max_position}")
+        self.max_position, self.max_steps = max_position, 2 * max_position
         super().__init__(render_mode)
+
+    def _is_possible(self):
+        return all(type(n) is int and 0 <= n <= self.max_position for n in (self.target, self.current))
 
     def _deal(self):
         # Uniform over the n (n + 1) ordered pairs of different numbers: one draw, no re-rolling.
@@ -168,6 +189,10 @@ class _FormulaGame(CardGame):
 
     def state_text(self, info):
         return f'The formula so far: "{"".join(info["formula"])}".'
+
+    def _is_possible(self):
+        return (_are_cards(self.cards) and len(self.cards) == self.count and isinstance(self.formula, list)
+                and set(map(str, self.formula)) <= {*self.actions} - {"="})
 
     def _number(self, card):
         rank = card // 4 + 1                                   # cards are 0..51, a rank's four suits together
@@ -242,6 +267,9 @@ class Blackjack(CardGame):
     def __init__(self, natural=False, sab=False, render_mode=None):
         self.natural, self.sab = natural, sab
         super().__init__(render_mode)
+
+    def _is_possible(self):
+        return all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer))
 
     def _card(self):
         return int(self.np_random.integers(52))

@@ -3,7 +3,8 @@
     {"thoughts": "The dealer shows 7. My cards are 10 4, total 14. I choose hit.", "action": "hit"}
 
 Section 4.1-4.2 of the paper: an answer that names a legal action as `"action": "a"` plays a; any other plays a
-uniformly random legal action, so that an untrained model still explores.
+uniformly random legal action, so that an untrained model still explores. Which counts where several are named the paper
+leaves open; here the last, for the format puts the action there and thoughts may speak of others.
 Does not handle: tokens (policy.py finds the token where the action part begins), the games (env.py).
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ACTION = re.compile(r'"\s*action\s*"\s*:\s*"([^"]*)"', re.IGNORECASE)
-ACTION_KEY = re.compile(r'"\s*action\s*"\s*:', re.IGNORECASE)
+ACTION = re.compile(r'"\s*action\s*"\s*:\s*"([^"]*)"', re.IGNORECASE | re.ASCII)
+ACTION_KEY = re.compile(r'"\s*action\s*"\s*:', re.IGNORECASE | re.ASCII)
 
 
 def make_prompt(game, info: dict, cot=True) -> str:
@@ -41,21 +42,21 @@ def make_answer(action: str, thoughts: str | None = None) -> str:
 def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     """Return (action, start): the legal action that the text names or None, and where its action part begins.
 
-    text: any string whatever; actions: the legal actions' texts. The first `"action": "a"` with a legal a counts,
-    a quoted whole ("10" never matches "1"), case and surrounding white space aside. start is the index in text of
-    that match; where no legal action is named, of the first `"action":` key, or len(text) if there is none.
+    text: any string whatever; actions: the legal actions' texts. The last `"action": "a"` with a legal a counts,
+    a quoted whole ("10" never matches "1"), ASCII, its case and surrounding white space aside. start is the index in
+    text of that match; where no legal action is named, of the last `"action":` key, or len(text) if there is none.
 
     >>> parse('{"thoughts": "low", "action": "Hit"}', ("stand", "hit"))
     ('hit', 20)
     >>> parse('I would rather stand', ("stand", "hit"))
     (None, 20)
     """
-    legal = {action.strip().casefold(): action for action in actions}
-    for match in ACTION.finditer(text):
-        if (named := match[1].strip().casefold()) in legal:
+    legal = {action.strip().lower(): action for action in actions}
+    for match in reversed(list(ACTION.finditer(text))):
+        if match[1].isascii() and (named := match[1].strip().lower()) in legal:
             return legal[named], match.start()
-    key = ACTION_KEY.search(text)
-    return None, key.start() if key else len(text)
+    keys = [match.start() for match in ACTION_KEY.finditer(text)]
+    return None, keys[-1] if keys else len(text)
 
 
 def choose(text: str, actions: Sequence[str], generator: np.random.Generator) -> tuple[int, bool, int]:

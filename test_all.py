@@ -200,6 +200,50 @@ def test_games_refuse_what_makes_no_sense():
         GAMES["blackjack"](render_mode="human")
     with pytest.raises(ValueError, match="choose another target"):
         GAMES["ezpoints"](target=1000).reset(seed=0)
+    with pytest.raises(RuntimeError, match="call reset"):
+        GAMES["blackjack"]().render()
+    with pytest.raises(ValueError, match="1 to 99"):
+        GAMES["numberline"](max_position=9999)
+    for action in (True, "hit", 0.0, None, -1):
+        with pytest.raises(ValueError, match="not an index"):
+            game.step(action)
+    game.step(np.int64(1))
+
+
+@pytest.mark.parametrize("task, changes", [
+    ("blackjack", {"player": [1]}), ("blackjack", {"dealer": [1, 52]}), ("blackjack", {"player": "ab"}),
+    ("blackjack", {"over": 0}), ("blackjack", {"episode_return": float("nan")}), ("blackjack", {"steps": -1}),
+    ("blackjack", {"generator": {"bit_generator": "MT19937"}}), ("blackjack", {"generator": 7}),
+    ("numberline", {"target": 6}), ("numberline", {"current": "3"}), ("numberline", {"steps": 11}),
+    ("points24", {"cards": [1, 2, 3]}), ("points24", {"formula": ["99"]}), ("points24", {"formula": ["="]}),
+    ("ezpoints", {"cards": [1, True]}), ("ezpoints", {"cards": [1, None]})])
+def test_a_state_that_cannot_be_is_refused_and_changes_nothing(task, changes):
+    game = GAMES[task]()
+    game.reset(seed=3)
+    before = game.get_state()
+    with pytest.raises(ValueError, match="not a state that|not numpy's PCG64"):
+        game.set_state(before | changes)
+    assert game.get_state() == before
+    game.set_state(before)
+
+
+def test_numberlines_far_deals_can_be_won():
+    """The step limit grows with the line, as published: 2 · max_position."""
+    game = GAMES["numberline"](max_position=20)
+    game.reset(seed=0)
+    game.set_state(game.get_state() | {"target": 20, "current": 0})
+    for _ in range(20):
+        _, _, terminated, truncated, info = game.step(1)
+    assert terminated and not truncated and info["is_success"] and GAMES["numberline"]().max_steps == 10
+    assert GAMES["numberline"](max_position=99).reset(seed=0)[0].shape == (300, 300, 3)
+
+
+def test_success_is_told_where_a_wrapper_ends_the_episode():
+    game = gymnasium.wrappers.TimeLimit(GAMES["numberline"](), 1)
+    _, info = game.reset(seed=0)
+    assert info["is_success"] is False
+    _, _, terminated, truncated, info = game.step(1)
+    assert (terminated or truncated) and info["is_success"] is (game.unwrapped.episode_return > 0)
 
 
 def test_info_is_a_copy():
@@ -396,8 +440,11 @@ ANSWERS = [
     ('{"action": "10"}', ("1", "2"), None),                                     # 10 is not 1
     ('{"action": "cabinet 12"}', ("cabinet 1", "cabinet 12"), "cabinet 12"),
     ('{"action": "cabinet 12"}', ("cabinet 1",), None),
-    ('{"action": "hit"} {"action": "stand"}', ("stand", "hit"), "hit"),         # the first match counts
-    ('{"action": "fly", "action": "hit"}', ("stand", "hit"), "hit"),            # ... among the legal ones
+    ('{"action": "hit"} {"action": "stand"}', ("stand", "hit"), "stand"),       # the last match counts
+    ('{"action": "hit", "action": "fly"}', ("stand", "hit"), "hit"),            # ... among the legal ones
+    ('{"thoughts": "I write "action": "hit" here", "action": "stand"}', ("stand", "hit"), "stand"),
+    ('{"action": "ſtand"}', ("stand", "hit"), None), ('{"action": "ﬆand"}', ("stand", "hit"), None),
+    ('{"actıon": "stand"}', ("stand", "hit"), None), ('{"action": "des\u212a"}', ("desk",), None),
     ('{"action": hit}', ("stand", "hit"), None),
     ('{"action": "hit', ("stand", "hit"), None),
     ('{\\"action\\": \\"hit\\"}', ("stand", "hit"), None),                      # quoted inside a string
@@ -410,6 +457,12 @@ def test_parse_table(text, actions, expected):
     action, start = parse.parse(text, actions)
     assert action == expected
     assert 0 <= start <= len(text) and (expected is None or text[start] == '"')
+
+
+def test_the_action_part_begins_at_the_match_that_counts():
+    text = '{"thoughts": "I write "action": "hit" here", "action": "stand"}'
+    assert parse.parse(text, ("stand", "hit")) == ("stand", text.rindex('"action"'))
+    assert parse.parse('"action": 1, "action": 2', ("hit",)) == (None, 13)     # none is legal: the last key
 
 
 @given(strategies.text(alphabet='{}"\\: actionhit10,\n', max_size=60) | strategies.text(max_size=40))
