@@ -1,50 +1,125 @@
-"""A run's folder: config.json, the lines of each update, and the newest checkpoint, from which a run goes on exactly.
+"""A run's folder: its lock, its files, its checkpoints; nothing is half written, nothing is taken on trust.
 
-    save(run, "runs/blackjack-seed1")                   # checkpoint-000007, whole or not at all
-    load(run, newest_checkpoint("runs/blackjack-seed1"))
+    with own(folder):                                   # one program at a time
+        claim(folder, resume)                           # refuse what is not this program's, drop what a kill left
+        save(run, folder)                               # checkpoint-000007, whole or not at all, sealed by a manifest
+        load(run, newest_checkpoint(folder))            # refuses what is damaged or another run's
 
-`run` is train.Run. Files are safetensors and JSON. Does not handle: what the lines say (train.py), the policy's own
-files (policy.py).
+`run` is train.Run. Files are safetensors and JSON. A checkpoint's manifest.json has the SHA-256 of each of its files,
+the run's settings, a mark of the base model's weights, versions, this code's hash and the number of threads.
+Does not handle: what the lines say (train.py), the policy's own files (policy.py).
 """
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
+import socket
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import parallel
-from loading import ModelError
+from errors import ModelError, foreign
+
+HERE = Path(__file__).parent
+WHOLE = 64 * 2**20              # weights' files up to this size are hashed whole, larger ones at 64 places
 
 
+# ---- files that are whole or not there ------------------------------------------------------------------------------
 def part_of(path) -> Path:
     """The place beside `path` where a file or a folder is written first."""
     return Path(path).with_name(Path(path).name + ".part")
 
 
 def put_in_place(path):
-    """Let what is whole now appear under its own name, in one step that cannot be cut in two."""
-    os.replace(part_of(path), path)
+    """Let what is whole now appear under its own name, in one step that neither a kill nor a power cut halves."""
+    part = part_of(path)
+    for file in [*part.rglob("*"), part] if part.is_dir() else [part]:
+        _to_disk(file)
+    os.replace(part, path)
+    _to_disk(Path(path).parent)
+
+
+def _to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path, text):
     """Write a text file that is never seen half written."""
-    part_of(path).write_text(text)
+    part_of(path).write_text(text, encoding="utf-8")
     put_in_place(path)
 
 
 def append_line(path, row):
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def keep_lines(path, count):
-    """Cut a file back to its first `count` lines: what came after the checkpoint is played again."""
-    if path.exists():
-        write_whole(path, "".join(path.read_text().splitlines(keepends=True)[:count]))
+def keep_lines(paths, count):
+    """Cut files back to their first `count` lines: what came after the checkpoint is played again."""
+    found = {path: path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+             for path in paths}
+    for path, lines in found.items():
+        if len(lines) < count:
+            raise ModelError(f"{path} has {len(lines)} lines and the checkpoint {count} updates behind it: it is not "
+                             "this run's, or was cut; start a new run (--out)")
+    for path, lines in found.items():
+        if lines[count:]:
+            write_whole(path, "".join(lines[:count]))
+
+
+def drop(folder):
+    """Delete a folder so that a kill in between leaves nothing that looks whole."""
+    gone = Path(folder).with_name(Path(folder).name + ".gone")
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
+
+
+# ---- whose folder it is ---------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def own(folder):
+    """Hold the folder's lock; ModelError that says who holds it. The system frees it when the program ends, however."""
+    with contextlib.ExitStack() as stack:
+        with foreign(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(Path(folder) / "run.lock", "a+", encoding="utf-8"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ModelError(f"{folder} is in use by {file.read().strip() or 'another program'}: wait for it, stop it, "
+                             "or choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def claim(folder, resume, settings_file="config.json"):
+    """Refuse a folder that this program did not write, or cannot go on with; drop what a kill left of its own."""
+    folder = Path(folder)
+    has_lines = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
+    if not resume and (has_lines or list(folder.glob("checkpoint-*"))):
+        raise ModelError(f"{folder} holds a checkpoint or metrics but no {settings_file}: nothing tells whose they "
+                         "are, so nothing is touched; choose another --out")
+    if resume and has_lines and not checkpoints(folder):
+        raise ModelError(f"{folder} holds a run's metrics but no checkpoint (a copy of its results?): there is nothing "
+                         "to go on from, and starting anew would overwrite them; choose another --out")
+    for left in (*folder.glob("checkpoint-*.part"), *folder.glob("checkpoint-*.gone")):
+        shutil.rmtree(left)
 
 
 def checkpoints(folder):
@@ -59,13 +134,86 @@ def newest_checkpoint(folder):
     return checkpoints(folder)[-1]
 
 
-def replace_checkpoint(whole):
-    """Put a checkpoint folder that was written to its part_of in place, and drop the ones before."""
+def replace_checkpoint(whole, before):
+    """Put a checkpoint folder that was written to its part_of in place, and drop the one before, if there is one."""
     put_in_place(whole)
-    for other in set(checkpoints(whole.parent)) - {whole}:
-        shutil.rmtree(other)
+    if before and before != whole and before.exists():
+        drop(before)
 
 
+# ---- the manifest ---------------------------------------------------------------------------------------------------
+def versions():
+    """What bits hang on beside the settings."""
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*HERE.glob("*.py"), *HERE.glob("games/*.py")])
+                                   if file.name != "test_all.py"))
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "code": code.hexdigest()[:12], "threads": torch.get_num_threads()}
+
+
+def plain(settings):
+    """Settings as they come back from JSON, without what may change in mid-run."""
+    return {name: value for name, value in json.loads(json.dumps(asdict(settings))).items()
+            if name not in settings.free}
+
+
+def seal(folder, base_mark, settings=None):
+    """Write manifest.json over all files of a folder."""
+    files = {file.name: _digest(file) for file in sorted(Path(folder).iterdir()) if file.name != "manifest.json"}
+    manifest = {"files": files, "base": base_mark, "settings": settings and plain(settings), "versions": versions()}
+    (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def check(folder, base_mark=None, settings=None):
+    """Hold a sealed folder against its manifest; ModelError says what is not as it was. Other versions are a warning.
+
+    base_mark: of the base model as it is now; settings: of the run that would go on.
+    """
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        files, was = dict(manifest["files"]), dict(manifest["versions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} has no manifest that can be read, so it is not taken: {error}") from error
+    for name, digest in files.items():
+        file = Path(folder) / name
+        if not file.exists() or _digest(file) != digest:
+            raise ModelError(f"{file} is {'not as it was written: damaged or edited' if file.exists() else 'missing'}; "
+                             "nothing was changed: put back a copy, or start a new run (--out)")
+    if base_mark and manifest["base"] != base_mark:
+        raise ModelError(f"{folder} was made for other weights than its base model's now: they have changed since")
+    if settings is not None:
+        mine, theirs = plain(settings), manifest["settings"] or {}
+        if other := sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)):
+            raise ModelError(f"{folder} is another run's: it has " + ", ".join(
+                f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in other))
+        changed = [f"{name} {was.get(name)} → {now}" for name, now in versions().items() if was.get(name) != now]
+        if changed and parallel.rank() == 0:
+            print(f"note: since {Path(folder).name} was written these have changed, so bits may differ from a run left "
+                  f"alone: {', '.join(changed)}", file=sys.stderr)
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_mark(folder) -> str:
+    """A hash that changes with a model folder's weights: of small files whole, of large ones the size, the header and
+    64 places of 64 KiB."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            if size <= WHOLE:
+                found.update(file.read())
+                continue
+            for place in range(0, size, size // 64):
+                file.seek(place)
+                found.update(file.read(2**16))
+    return found.hexdigest()
+
+
+# ---- a checkpoint ---------------------------------------------------------------------------------------------------
 def save_optimizer(optimizer, folder):
     """Adam's moments and step counts; the rates are the caller's to set."""
     tensors = {}
@@ -80,6 +228,48 @@ def load_optimizer(optimizer, folder):
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save(run, folder):
+    """Write a checkpoint folder that appears whole or not at all, then drop this run's one before."""
+    whole = Path(folder) / f"checkpoint-{run.update:06d}"
+    part = part_of(whole)
+    if parallel.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)             # of an interrupted try
+        run.policy.save(part)
+        save_optimizer(run.optimizer, part)
+    parallel.wait()
+    save_file({"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()},
+              part / f"generators{parallel.rank()}.safetensors")
+    (part / f"process{parallel.rank()}.json").write_text(json.dumps({
+        "update": run.update, "device": run.policy.device.type, "processes": parallel.size(),
+        "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games]}))
+    parallel.wait()
+    if parallel.rank() == 0:
+        seal(part, run.policy.base_mark, run.settings)
+        replace_checkpoint(whole, run.checkpoint)
+    parallel.wait()
+    run.checkpoint = whole
+
+
+def load(run, checkpoint):
+    """Take up all that save wrote; ModelError where it is damaged, another run's, or would draw other numbers."""
+    check(checkpoint, run.policy.base_mark, run.settings)
+    plain = json.loads((checkpoint / "process0.json").read_text())
+    for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
+        if plain[what] != now:
+            raise ModelError(f"{checkpoint} was written with {what} {plain[what]}, this is {now}: the random "
+                             "numbers would differ; go on as it began, or start a new run")
+    plain = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
+    run.policy.load(checkpoint)
+    generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
+    run.sampling.set_state(generators["sampling"])
+    run.shuffling.set_state(generators["shuffling"])
+    load_optimizer(run.optimizer, checkpoint)
+    run.update, run.fallback.bit_generator.state = plain["update"], plain["fallback"]
+    for game, state in zip(run.games, plain["games"]):
+        game.set_state(state)
+    run.checkpoint = checkpoint
 
 
 @contextlib.contextmanager
@@ -97,44 +287,3 @@ def held_back_interrupt():
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def save(run, folder):
-    """Write a checkpoint folder that appears whole or not at all, then drop the ones before."""
-    whole = Path(folder) / f"checkpoint-{run.update:06d}"
-    part = part_of(whole)
-    if parallel.rank() == 0:
-        for left in Path(folder).glob("checkpoint-*.part"):             # of an interrupted try
-            shutil.rmtree(left)
-        run.policy.save(part)
-        save_optimizer(run.optimizer, part)
-    parallel.wait()
-    save_file({"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()},
-              part / f"generators{parallel.rank()}.safetensors")
-    (part / f"process{parallel.rank()}.json").write_text(json.dumps({
-        "update": run.update, "device": run.policy.device.type, "processes": parallel.size(),
-        "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games]}))
-    parallel.wait()
-    if parallel.rank() == 0:
-        replace_checkpoint(whole)
-    parallel.wait()
-
-
-def load(run, checkpoint):
-    """Take up all that save wrote; ModelError where the same random numbers could not be drawn."""
-    plain = json.loads((checkpoint / "process0.json").read_text())
-    for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
-        if plain[what] != now:
-            raise ModelError(f"{checkpoint} was written with {what} {plain[what]}, this is {now}: the random "
-                             "numbers would differ; go on as it began, or start a new run")
-    plain = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
-    if len(plain["games"]) != len(run.games):
-        raise ModelError(f"{checkpoint} holds {len(plain['games'])} games a process, this run has {len(run.games)}")
-    run.policy.load(checkpoint)
-    generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
-    run.sampling.set_state(generators["sampling"])
-    run.shuffling.set_state(generators["shuffling"])
-    load_optimizer(run.optimizer, checkpoint)
-    run.update, run.fallback.bit_generator.state = plain["update"], plain["fallback"]
-    for game, state in zip(run.games, plain["games"]):
-        game.set_state(state)

@@ -14,21 +14,26 @@ import argparse
 import itertools
 import json
 import math
-import sys
+import os
+import signal
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C in the seconds of importing: no traceback
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import newest_checkpoint
+from checkpoint import check, newest_checkpoint
 from env import GAMES
+from errors import ModelError, foreign, in_words
 from games.expert import best_actions, continuations, expert_action, plan_right, planned, reads_right
-from loading import ModelError, is_small, open_model
+from loading import is_small, open_model
 from lora import adapter_settings
 from policy import Policy
 from rollout import Choice, act
@@ -64,7 +69,7 @@ def scripted_player(name, task, seed):
             elif fixed in legal:
                 index = legal.index(fixed)
             else:
-                raise ValueError(f"{fixed!r} is no legal action of {task}: {', '.join(legal)}")
+                raise ModelError(f"{fixed!r} is no legal action of {task}: {', '.join(legal)}")
             choices.append(Choice(legal[index], index))
         return choices
 
@@ -215,7 +220,9 @@ PLAY_SETTINGS = ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot",
 def open_run(run):
     """Return (policy of a run's last checkpoint, the run's settings as a dict)."""
     last = newest_checkpoint(run)
-    settings = json.loads((Path(run) / "config.json").read_text())
+    check(last)
+    with foreign(Path(run) / "config.json"):
+        settings = dict(json.loads((Path(run) / "config.json").read_text(encoding="utf-8")))
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
     if missing := set(PLAY_SETTINGS) - set(settings):
@@ -276,7 +283,7 @@ def make_player(options, given):
 
 
 def check_options(options, given):
-    """ValueError, in words, for what makes no sense; the folders of what is to be written are made."""
+    """ValueError, in words, for what makes no sense; what is to be written is tried."""
     for name, value in {"episodes": options.episodes, **given}.items():
         if name in ("episodes", "num_envs", "max_new_tokens", "play_batch_size") and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
@@ -287,31 +294,39 @@ def check_options(options, given):
     if options.render and not options.render.endswith((".gif", ".png")):
         raise ValueError(f"--render writes a GIF or a PNG: call it {Path(options.render).stem}.gif")
     for file in filter(None, (options.out, options.render)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with foreign(file):                                     # before the games, not after them
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            new = not Path(file).exists()
+            open(file, "ab").close()
+            if new:
+                os.remove(file)
 
 
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
     given = {name: value for name, value in vars(options).items() if name in PLAY_SETTINGS and value != "auto"}
+    with in_words():
+        play(options, given)
+
+
+def play(options, given):
+    """Play what the command line asks for, print the result, then write it."""
     film = Film() if options.render else None
     try:
         check_options(options, given)
         player, name, settings = make_player(options, given)
-        result = evaluate(player, options.task, options.episodes, options.seed, settings["num_envs"], settings["cot"],
-                          film)
-    except (ModelError, ValueError) as error:
-        sys.exit(f"eval.py: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("eval.py: out of GPU memory: lower --play-batch-size (answers generated at once), or use --bits 4")
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    result = evaluate(player, options.task, options.episodes, options.seed, settings["num_envs"], settings["cot"], film)
     result = {"policy": name, **result}
     for key, value in result.items():
         if not isinstance(value, dict):
             print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+    print(json.dumps(result), flush=True)
+    if options.out:
+        Path(options.out).write_text(json.dumps(result) + "\n")        # not by renaming: it may be a link or a device
     if film:
         film.save(options.render)
-    if options.out:
-        Path(options.out).write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-
-class ModelError(RuntimeError):
-    """A model that cannot be used; the message says why and what to do."""
+from errors import ModelError, foreign
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,10 @@ def without_video(kind):
 
 def load_processor(name: str):
     """A model's processor without its video half, which alone would need torchvision; pictures by Pillow."""
-    kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name))]
+    kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name, trust_remote_code=False))]
     settings, _ = kind.get_processor_dict(name)
-    halves = {"image_processor": AutoImageProcessor.from_pretrained(name, backend="pil"),
-              "tokenizer": AutoTokenizer.from_pretrained(name), "video_processor": None}
+    halves = {"image_processor": AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False),
+              "tokenizer": AutoTokenizer.from_pretrained(name, trust_remote_code=False), "video_processor": None}
     wanted = kind.get_attributes()
     if "video_processor" in wanted:
         kind = without_video(kind)
@@ -134,8 +132,9 @@ class Family:
     def encode(self, pictures, texts):
         """[({image tensors, a batch of one}, token ids)] of pictures (H, W, 3) uint8 and what the user says."""
         chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-        rendered = self.tokenizer.apply_chat_template(chats, chat_template=self.processor.chat_template,
-                                                      add_generation_prompt=True, tokenize=False)
+        with foreign("the model's chat template"):
+            rendered = self.tokenizer.apply_chat_template(chats, chat_template=self.processor.chat_template,
+                                                          add_generation_prompt=True, tokenize=False)
         bos = self.tokenizer.bos_token
         add_bos = not (bos and rendered[0].startswith(bos))                       # some templates bring their own
         if self.facts.square:

@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.utils import cached_file
 
-from families import FAMILIES, ModelError, load_processor
+from checkpoint import check, weights_mark
+from errors import FOREIGN, ModelError, foreign
+from families import FAMILIES, load_processor
 from lora import adapter_settings, base_name
 from memory import check_weights, choose, free_bytes, prompt_size, said_of_memory
 from settings import Settings
 
 LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
 POCKET = Path(__file__).parent / "checkpoints" / "pocket"
-NOT_WHOLE = "{!r} has a configuration but does not load whole: is a file missing or cut off? The loader said: {}"
 
 
 def load_model(name: str, bits=32, device="cpu"):
@@ -43,10 +45,12 @@ def load_model(name: str, bits=32, device="cpu"):
     check_weights(name, bits, device, stored_as=_config(name).dtype or torch.float16)
     processor = _processor(name)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, quantization_config=quantisation, device_map={"": device})
-    except (OSError, ValueError) as error:
-        raise ModelError(NOT_WHOLE.format(name, error)) from error
+        with foreign(f"{name!r} does not load whole (is a file missing or cut off?), so it"):
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, quantization_config=quantisation, device_map={"": device}, trust_remote_code=False,
+                use_safetensors=True, output_loading_info=True)
+            if missing := sorted(report["missing_keys"]):           # transformers would fill them with random numbers
+                raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other programs, "
                          "or use --model pocket.") from error
@@ -55,10 +59,8 @@ def load_model(name: str, bits=32, device="cpu"):
 
 def _processor(name):
     """The processor of a hub name or a folder; ModelError unless it can write a chat."""
-    try:
+    with foreign(f"the processor of {name!r}"):                 # an ImportError: SmolVLM's wants a package of its own
         processor = load_processor(name)
-    except (OSError, ValueError, ImportError) as error:         # SmolVLM's wants a package of its own
-        raise ModelError(NOT_WHOLE.format(name, error)) from error
     if not getattr(processor, "chat_template", None):
         raise ModelError(f"{name!r} has no chat template: use a chat model with its whole processor")
     return processor
@@ -67,8 +69,8 @@ def _processor(name):
 def _config(name):
     """The configuration of a hub name or a folder; ModelError unless it is of a known family."""
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except FOREIGN as error:
         raise ModelError(f"cannot find a model {name!r}: it is neither a folder with a model here nor a name that the "
                          "hub gave an answer for. Check the spelling; without a network, download it elsewhere "
                          f"(`hf download {name}`) and pass the folder. The loader said: {error}") from error
@@ -99,6 +101,7 @@ class Loaded(Found):
     """The same with the model and its processor."""
     model: nn.Module
     processor: object
+    mark: str = None        # a hash of the base's weights (checkpoint.weights_mark)
 
 
 def find_model(model="auto", bits="auto", settings=None) -> Found:
@@ -119,6 +122,8 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
     if (Path(name) / "adapter_config.json").exists():
         base, adapters = base_name(name), name
         why = f"{base} with the adapters in {adapters}"
+    if base != "pocket" and Path(base).is_dir():
+        base = str(Path(base).resolve())                        # adapters name it wherever they are read from
     folder = str(POCKET) if base == "pocket" else base
     config, checkpointing, memory = _config(folder), None, ""
     if device == "cpu" or is_small(config):
@@ -139,7 +144,11 @@ def open_model(model="auto", bits="auto", settings=None) -> Loaded:
     """find_model, and its weights: on a GPU where there is one."""
     found = find_model(model, bits, settings)
     model, processor = load_model(found.folder, int(found.bits), found.device)
-    return Loaded(**vars(found), model=model, processor=processor)
+    folder = Path(found.folder)
+    mark = weights_mark(folder if folder.is_dir() else Path(cached_file(found.folder, "config.json")).parent)
+    if found.adapters and (Path(found.adapters) / "manifest.json").exists():        # PEFT's own folders have none
+        check(found.adapters, mark)
+    return Loaded(**vars(found), model=model, processor=processor, mark=mark)
 
 
 def is_small(config):

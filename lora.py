@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from errors import foreign
 from families import PARTS, part_of_path
 
 
@@ -92,12 +93,31 @@ def load_adapters(layers, folder):
 
 def base_name(folder):
     """The name of the model that a folder of adapters was made for."""
-    return json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return _config(folder)["base_model_name_or_path"]
+
+
+def _config(folder):
+    """adapter_config.json; ModelError where it is damaged, or asks for what LoRALinear does not do."""
+    file = Path(folder) / "adapter_config.json"
+    with foreign(file):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("r", "lora_alpha"):
+            if type(config[name]) not in (int, float) or not config[name] > 0:
+                raise ValueError(f"{name} is {config[name]!r}, not a number above 0")
+        names = config["target_modules"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("target_modules must be a list of modules' names")
+        if not isinstance(config["base_model_name_or_path"], str):
+            raise ValueError("base_model_name_or_path must be a name")
+        if strange := [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                                         "bias") if config.get(name) not in (None, False, "none", {}, [])]:
+            raise ValueError(f"{', '.join(strange)}: adapters of another kind than plain LoRA")
+    return config
 
 
 def adapter_settings(folder) -> dict:
     """The Policy arguments (rank, alpha, target_modules) that fit a folder of adapters."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    config = _config(folder)
     found = set(map(part_of_path, config["target_modules"]))
     parts = tuple(part for part in PARTS if part in found)
     return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": parts}

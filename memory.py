@@ -22,7 +22,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from env import GAMES
-from families import PARTS, Family, ModelError
+from errors import ModelError
+from families import PARTS, Family
 from lora import add_lora
 from parse import make_prompt
 from policy import PREFILL_TOKENS

@@ -18,6 +18,9 @@ import torch.distributed as dist
 def start():
     """Join the other processes, if torchrun started this one; each gets its own GPU where there are some."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            sys.exit(f"LOCAL_RANK is set but {', '.join(missing)} is not: start several processes with torchrun, or "
+                     "unset LOCAL_RANK for one")
         if torch.cuda.is_available():
             here, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
             if local >= here:

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from families import PARTS, Family, ModelError
+from errors import foreign
+from families import PARTS, Family
 from lora import add_lora, load_adapters, save_adapters
 
 PREFILL_TOKENS = 8192       # prompts are read in groups of at most so many tokens, for memory; decoding takes them all
@@ -85,16 +86,17 @@ class Policy(nn.Module):
     target_modules: the parts (keys of lora.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
     () is no adapters, all weights learn. temperature divides the logits in sampling and in scoring alike.
     gradient_checkpointing: 0 for none, n for every n-th layer.
-    base_name: what saved adapters name as the model that they were made for.
+    base_name, base_mark: the model that saved adapters are made for, and a hash of its weights.
     """
 
     def __init__(self, model, processor, rank=32, alpha=None, target_modules=tuple(PARTS), temperature=1.0, seed=0,
-                 gradient_checkpointing=0, base_name="pocket"):
+                 gradient_checkpointing=0, base_name="pocket", base_mark=None):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.temperature, self.rank, self.alpha, self.base_name = temperature, rank, alpha or 2 * rank, base_name
+        self.temperature, self.rank, self.alpha = temperature, rank, alpha or 2 * rank
+        self.base_name, self.base_mark = base_name, base_mark
         generator = torch.Generator().manual_seed(seed)
         self.lora = add_lora(model, rank, self.alpha, target_modules, generator) if target_modules else {}
         self.vision_frozen = bool(target_modules) and not {"vision", "projector"} & set(target_modules)
@@ -297,16 +299,15 @@ class Policy(nn.Module):
 
     def load_adapters(self, folder):
         """Read adapters that save wrote, or PEFT on every linear layer of the same parts; the value head stays."""
-        try:
+        with foreign(Path(folder) / "adapter_model.safetensors"):
             load_adapters(self.lora, folder)
-        except ValueError as error:
-            raise ModelError(str(error)) from error
 
     def load(self, folder):
         """Read all that save wrote."""
         self.load_adapters(folder)
         head = Path(folder) / "value_head.safetensors"
-        try:
-            self.value_head.load_state_dict(load_file(head))
-        except (OSError, RuntimeError) as error:
-            raise ModelError(f"{head} is not a value head of this version and model: {error}") from error
+        with foreign(head):
+            stored, own = load_file(head), self.value_head.state_dict()
+            if {name: tensor.shape for name, tensor in stored.items()} != {name: own[name].shape for name in own}:
+                raise ValueError("not a value head of this version and model")
+            self.value_head.load_state_dict(stored)

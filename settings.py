@@ -10,12 +10,14 @@ sft.py. Names are CleanRL's and PEFT's where they have one. Does not handle: wha
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import parallel
 from env import GAMES
-from families import PARTS, ModelError
+from errors import ModelError, foreign
+from families import PARTS
 
 # The formula games pay 10, the others 1: scaled, all returns are about 1, which value_lr and advantage_floor are for.
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
@@ -54,6 +56,11 @@ class ModelSettings:
         """What is wrong with the settings, in words, or None."""
         if unknown := set(self.target_modules or ()) - set(PARTS):
             return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value) or type(value) is int and value >= 2**31:
+                return f"{_flag(name)} {value} is too large, or no number"
+        if not str(self.out).strip() or not str(self.model).strip():
+            return "--out and --model must not be empty"
         return None
 
 
@@ -211,7 +218,10 @@ def read_settings(cls, description, arguments=None):
     config = Path(given.get("out", "")) / cls.file
     exists = "out" in given and config.exists()
     if resume and exists:
-        settings = _stored_settings(cls, config, given, parser)
+        try:
+            settings = _stored_settings(cls, config, given, parser)
+        except ModelError as error:
+            parser.error(str(error))
     elif "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
     else:
@@ -227,7 +237,10 @@ def read_settings(cls, description, arguments=None):
 
 def _stored_settings(cls, config, given, parser):
     """The settings in config.json, with those given that may change in mid-run."""
-    stored = json.loads(config.read_text())
+    with foreign(config):
+        stored = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("not a run's settings")
     if unknown := set(stored) ^ {entry.name for entry in fields(cls)}:
         parser.error(f"{config} was written by another program or version ({', '.join(sorted(unknown))} "
                      "differ): finish the run with that one, or start a new one with --out")

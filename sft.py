@@ -16,11 +16,14 @@ import json
 import math
 import os
 import shutil
-import sys
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C in the seconds of importing: no traceback
 
 import numpy as np
 import torch
@@ -28,18 +31,22 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import (
+    check,
     checkpoints,
     held_back_interrupt,
     load_optimizer,
+    own,
     part_of,
     replace_checkpoint,
     save_optimizer,
+    seal,
     write_whole,
 )
 from env import GAMES
+from errors import ModelError, foreign, in_words
 from families import PARTS, save_processor
 from games.expert import expert_action, thoughts
-from loading import ModelError, is_small, open_model
+from loading import is_small, open_model
 from lora import adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
@@ -120,16 +127,17 @@ def mixed(sources: list[Iterator], batch: int, generator: np.random.Generator) -
         yield [next(sources[i]) for i in generator.integers(len(sources), size=batch)]
 
 
-def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_batch_size=16, title="sft", folder=None,
-             save_every=50):
+def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_batch_size=16, title="sft",
+             settings=None):
     """Minimise −log π(answer) a token over `steps` batches with AdamW, warm-up and a cosine to zero.
 
-    batches: an iterator over lists of Demonstrations. folder: where to save, and to go on from what was saved there:
-    the same batches are dealt again up to it. Returns the losses, a float a step that was taken.
+    batches: an iterator over lists of Demonstrations. settings: SFTSettings, of a course that is saved in settings.out
+    and goes on from what was saved there: the same batches are dealt again up to it. Returns the losses, a float a step
+    that was taken.
     """
     parameters = dict(learning(policy))
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    done = load_lesson(parameters, optimizer, folder) if folder else 0
+    done = load_lesson(policy, optimizer, settings) if settings else 0
     for _ in range(done):
         next(batches)
     losses = []
@@ -141,8 +149,8 @@ def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_
             done += 1
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-            if folder and (interrupted() or done % save_every == 0 or done == steps):
-                save_lesson(parameters, optimizer, done, folder)
+            if settings and (interrupted() or done % settings.save_every == 0 or done == steps):
+                save_lesson(policy, optimizer, done, settings)
             if interrupted():
                 raise KeyboardInterrupt
     return losses
@@ -171,26 +179,27 @@ def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
     return total
 
 
-def save_lesson(parameters, optimizer, done, folder):
+def save_lesson(policy, optimizer, done, settings):
     """A checkpoint folder of a course in mid-run, whole or not at all."""
-    whole = Path(folder) / f"checkpoint-{done:06d}"
-    for left in Path(folder).glob("checkpoint-*.part"):
-        shutil.rmtree(left)
+    whole, before = Path(settings.out) / f"checkpoint-{done:06d}", checkpoints(settings.out)
+    shutil.rmtree(part_of(whole), ignore_errors=True)
     part_of(whole).mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()},
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in learning(policy)},
               part_of(whole) / "weights.safetensors")
     save_optimizer(optimizer, part_of(whole))
-    replace_checkpoint(whole)
+    seal(part_of(whole), policy.base_mark, settings)
+    replace_checkpoint(whole, before[-1] if before else None)
 
 
-def load_lesson(parameters, optimizer, folder) -> int:
+def load_lesson(policy, optimizer, settings) -> int:
     """Take up the newest checkpoint, if there is one; return how many steps it has behind it."""
-    if not checkpoints(folder):
+    if not checkpoints(settings.out):
         return 0
-    newest = checkpoints(folder)[-1]
+    newest = checkpoints(settings.out)[-1]
+    check(newest, policy.base_mark, settings)
     stored = load_file(newest / "weights.safetensors")
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in learning(policy):
             parameter.copy_(stored[name])
     load_optimizer(optimizer, newest)
     return int(newest.name.removeprefix("checkpoint-"))
@@ -201,7 +210,12 @@ def teach(settings):
 
     What is there of an earlier try goes on; what is there whole stays as it is.
     """
-    folder, begun = Path(settings.out), time.perf_counter()
+    with own(settings.out):
+        _teach(settings, Path(settings.out))
+
+
+def _teach(settings, folder):
+    begun = time.perf_counter()
     last = "config.json" if settings.full else "adapter_config.json"
     if (folder / last).exists():
         clean_up(folder)
@@ -219,18 +233,17 @@ def teach(settings):
     parts = () if settings.full else settings.target_modules or tuple(PARTS)
     policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), parts, seed=settings.seed,
                     gradient_checkpointing=int(not small) if loaded.checkpointing is None else loaded.checkpointing,
-                    base_name=loaded.base)
+                    base_name=loaded.base, base_mark=loaded.mark)
     if settings.full:
         settings.rank = None                                # there are no adapters
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
-    folder.mkdir(parents=True, exist_ok=True)
     settings.bits = loaded.bits                             # "auto" could be another number the next time
     write_whole(folder / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot)
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
     finetune(policy, batches, settings.steps, settings.lr, micro_batch_size=settings.micro_batch_size,
-             title=f"sft {settings.task}", folder=folder, save_every=settings.save_every)
+             title=f"sft {settings.task}", settings=settings)
     part = folder / "result.part"
     shutil.rmtree(part, ignore_errors=True)
     if settings.full:
@@ -238,6 +251,7 @@ def teach(settings):
         save_processor(loaded.processor, part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
+    seal(part, loaded.mark, settings)
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
         os.replace(file, folder / file.name)
     clean_up(folder)
@@ -246,25 +260,24 @@ def teach(settings):
 
 def clean_up(folder):
     """Drop what a finished course needs no more; a kill may have left it."""
-    for left in (folder / "result.part", *folder.glob("checkpoint-*")):
+    for left in (folder / "result.part", *checkpoints(folder)):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def main(arguments=None):
     settings, resume = read_settings(SFTSettings, __doc__, arguments)
     folder = Path(settings.out)
-    if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        sys.exit(f"sft.py: {folder} is not empty: choose another --out")
-    try:
+
+    def how_to_go_on():
+        return ("go on with the same command and --resume" if (folder / settings.file).exists() else
+                "nothing was saved yet: start it again with the same command")
+
+    with in_words(how_to_go_on):
+        with foreign(folder):
+            there = [file.name for file in folder.iterdir()] if folder.exists() else []
+        if not resume and set(there) - {"run.lock"}:
+            raise ModelError(f"{folder} is not empty: choose another --out")
         teach(settings)
-    except KeyboardInterrupt:
-        sys.exit("\nsft.py: stopped; " + ("go on with the same command and --resume"
-                                          if (folder / settings.file).exists() else
-                                          "nothing was saved yet: start it again with the same command"))
-    except (ModelError, FloatingPointError) as error:
-        sys.exit(f"sft.py: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("sft.py: out of GPU memory: lower --micro-batch-size and --resume, or use --bits 4")
 
 
 if __name__ == "__main__":

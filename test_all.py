@@ -1785,8 +1785,8 @@ def test_rl_on_plain_weights_is_taught_the_format_first(tiny, tmp_path, monkeypa
                "--out", str(tmp_path / "run")]
     plain = sft.save_lesson
 
-    def stopping(parameters, optimizer, done, folder):
-        plain(parameters, optimizer, 1, folder)
+    def stopping(policy, optimizer, done, settings):
+        plain(policy, optimizer, 1, settings)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
@@ -1802,6 +1802,244 @@ def test_rl_on_plain_weights_is_taught_the_format_first(tiny, tmp_path, monkeypa
     shutil.rmtree(tmp_path / "run" / "sft")
     train.main([*command, "--resume"])                                  # finished; what it started from may be gone
     assert [run_settings.default_of(Settings, "sft_steps", small) for small in (True, False)] == [0, 100]
+
+
+# ---- checkpoint.py, errors.py: a run's folder ------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def stopped_run(tmp_path_factory, tiny):
+    """(folder, command): a run of the tiny model that was stopped after two of four updates."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(tiny, folder / "model")
+    command = ["--task", "numberline", "--model", str(folder / "model"), "--sft-steps", "0", "--rank", "2",
+               "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "32", "--max-new-tokens", "4",
+               "--minibatch-size", "8", "--eval-episodes", "0"]
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(train, "save", stop_at(2, checkpoint.save))
+        with pytest.raises(SystemExit):
+            train.main([*command, "--out", str(folder / "run")])
+    return folder / "run", command
+
+
+def flip(file):
+    """One bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+DAMAGES = {             # what is done to a run's folder and its newest checkpoint: what --resume says of it
+    "metrics but no checkpoint": lambda run, last: shutil.rmtree(last),
+    "adapter_model.safetensors is not as it was": lambda run, last: flip(last / "adapter_model.safetensors"),
+    "optimizer.safetensors is not as it was": lambda run, last: flip(last / "optimizer.safetensors"),
+    "generators0.safetensors is not as it was": lambda run, last: flip(last / "generators0.safetensors"),
+    "value_head.safetensors is missing": lambda run, last: (last / "value_head.safetensors").unlink(),
+    "process0.json is not as it was": lambda run, last: edit(last / "process0.json", update=1),
+    "no manifest": lambda run, last: (last / "manifest.json").unlink(),
+    "another run's: it has seed 1, not 2": lambda run, last: edit(run / "config.json", seed=2),
+    "another run's: it has num_envs 4, not 8": lambda run, last: edit(run / "config.json", num_envs=8),
+    "has 1 lines and the checkpoint 2": lambda run, last: checkpoint.keep_lines([run / "metrics.jsonl"], 1),
+    "config.json cannot be used": lambda run, last: (run / "config.json").write_text('{"seed": '),
+    "adapter_config.json cannot be used": lambda run, last: (last / "adapter_config.json").write_text("{}")}
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "run.lock"}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_resume_refuses_what_is_not_as_it_was_and_changes_nothing(stopped_run, tmp_path, message, capsys):
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    DAMAGES[message](tmp_path / "run", tmp_path / "run" / "checkpoint-000002")
+    before = tree(tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_base_model_that_changed_is_noticed(stopped_run, tmp_path):
+    shutil.copytree(stopped_run[0].parent, tmp_path / "all")
+    run, model = tmp_path / "all" / "run", tmp_path / "all" / "model"
+    edit(run / "config.json", model=str(model))
+    config = json.loads((run / "checkpoint-000002" / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    weights = stopped_run[0].parent / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        flip(weights)                                                   # same names, same shapes, other numbers
+        for command in (lambda: train.main([*stopped_run[1][:2], "--out", str(run), "--resume"]),
+                        lambda: evaluation.main(["--task", "numberline", "--run", str(run), "--episodes", "1"])):
+            with pytest.raises(SystemExit, match="other weights than its base model's"):
+                command()
+    finally:
+        weights.write_bytes(kept)
+    big = tmp_path / "big.safetensors"
+    big.write_bytes(bytes(3000))
+    whole, checkpoint.WHOLE = checkpoint.weights_mark(tmp_path), 1000
+    try:
+        before = checkpoint.weights_mark(tmp_path)
+        big.write_bytes(bytes(1500) + b"1" + bytes(1499))
+        assert before != whole and checkpoint.weights_mark(tmp_path) != before
+    finally:
+        checkpoint.WHOLE = 64 * 2**20
+
+
+def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys):
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    last, count = tmp_path / "run" / "checkpoint-000002", torch.get_num_threads()
+    for left in ("checkpoint-000001.gone", "checkpoint-000003.part"):
+        (tmp_path / "run" / left).mkdir()
+    edit(last / "manifest.json", versions=checkpoint.versions() | {"threads": count + 1, "torch": "1.0"})
+    train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+    said = capsys.readouterr().err
+    assert f"threads {count + 1} → {count}" in said and "torch 1.0 →" in said and "code" not in said
+    assert len(recorded.metrics(tmp_path / "run")) == 4
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-000004"]
+
+
+def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path):
+    for names in (["checkpoint-000001/weights.bin"], ["checkpoint-best/x"], ["metrics.jsonl"]):
+        folder = tmp_path / names[0].split("/")[0].split(".")[0]
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("mine")
+        before = tree(folder)
+        with pytest.raises(SystemExit, match="nothing tells whose they are"):
+            train.main([*stopped_run[1], "--out", str(folder)])
+        assert tree(folder) == before
+    run = tmp_path / "run"                                              # in a run of ours a stranger's folder stays
+    shutil.copytree(stopped_run[0], run)
+    (run / "checkpoint-000000").mkdir()
+    (run / "checkpoint-000000" / "mine").touch()
+    train.main([*stopped_run[1][:2], "--out", str(run), "--resume"])
+    assert (run / "checkpoint-000000" / "mine").exists() and not (run / "checkpoint-000002").exists()
+
+
+def test_a_run_folder_has_one_owner(stopped_run, tmp_path):
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    with checkpoint.own(tmp_path / "run"):
+        for command in (lambda: train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"]),
+                        lambda: sft.main(["--task", "numberline", "--out", str(tmp_path / "run" / "x")])):
+            with pytest.raises(SystemExit, match=f"in use by process {os.getpid()} on"), \
+                    checkpoint.own(tmp_path / "run" / "x"):
+                command()
+    train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+
+
+@pytest.mark.parametrize("out, message", [("a file", "cannot be used"), ("a file/x", "cannot be used"),
+                                          ("", "must not be empty")])
+def test_a_place_that_cannot_be_written_is_refused_first(stopped_run, tmp_path, out, message, capsys):
+    (tmp_path / "a file").write_text("mine")
+    bad = tmp_path / "a file" / "x" if out else tmp_path
+    scripted = ["--task", "numberline", "--policy", "random", "--out", str(bad)]
+    out = out and str(tmp_path / out)
+    for command in (lambda: train.main([*stopped_run[1], "--out", out]),
+                    lambda: sft.main(["--task", "numberline", "--model", "pocket", "--steps", "1", "--out", out]),
+                    lambda: evaluation.main(scripted)):
+        with pytest.raises(SystemExit) as stop:
+            command()
+        found = f"{stop.value.code} {capsys.readouterr().err}"
+        assert message in found or "is a directory" in found
+    assert (tmp_path / "a file").read_text() == "mine"
+    (tmp_path / "result.json").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "result.json")            # a link stays one (and /dev/null a device)
+    evaluation.main(["--task", "numberline", "--policy", "random", "--episodes", "1", "--out", str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.parametrize("config, message", [
+    ("{}", "it lacks 'r'"), ('{"r": 0}', "not a number above 0"), ('{"r": "32"}', "not a number above 0"),
+    ("[]", "cannot be used"), ("{", "cannot be used"), ('{"r": 4, "lora_alpha": 0}', "lora_alpha is 0"),
+    ('{"r": 4, "lora_alpha": 8, "target_modules": []}', "target_modules must be"),
+    ('{"r": 4, "lora_alpha": 8, "target_modules": ["a"], "base_model_name_or_path": "pocket", "use_rslora": true}',
+     "use_rslora: adapters of another kind")])
+def test_damaged_adapters_are_told_in_a_sentence(tmp_path, config, message):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(SystemExit, match="adapter_config.json") as stop:
+        evaluation.main(["--task", "blackjack", "--model", str(tmp_path), "--episodes", "1"])
+    assert message in stop.value.code
+
+
+def test_foreign_models_run_no_code_and_are_not_filled_up(tiny, tmp_path, monkeypatch):
+    """A tensor that is missing, a pickle, a processor with code of its own, cut and empty files: refused in words."""
+    def copied(name):
+        return Path(shutil.copytree(tiny, tmp_path / name))
+
+    less = copied("less")
+    tensors = load_file(less / "model.safetensors")
+    gone = next(name for name in tensors if "up_proj" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, less / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights are missing, such as .*up_proj"):
+        load_model(str(less))
+    pickled = copied("pickled")
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="does not load whole"):
+        load_model(str(pickled))
+    code = copied("code")
+    for file in ("processor_config.json", "config.json", "tokenizer_config.json"):
+        if (code / file).exists():
+            edit(code / file, auto_map={"AutoProcessor": "evil.Evil", "AutoTokenizer": ["evil.Evil", None],
+                                        "AutoConfig": "evil.Evil"})
+    (code / "evil.py").write_text("raise SystemExit('evil ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    load_model(str(code))                                               # its own classes do; evil.py is not looked at
+    for name, damage in (("empty", lambda file: file.write_bytes(b"")),
+                         ("cut", lambda file: file.write_bytes(file.read_bytes()[:1000]))):
+        folder = copied(name)
+        damage(folder / "model.safetensors")
+        with pytest.raises(ModelError, match="does not load whole"):
+            load_model(str(folder))
+    raising = copied("raising")
+    (raising / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(SystemExit, match="chat template"):
+        evaluation.main(["--task", "blackjack", "--model", str(raising), "--episodes", "1"])
+
+
+def test_what_a_terminal_cannot_show_and_a_closed_pipe_cost_nothing(tmp_path):
+    """In a subprocess without UTF-8, into a pipe that is closed: the first update is saved, and the run says so."""
+    out = tmp_path / "cost$^$2"
+    command = [sys.executable, str(HERE / "train.py"), "--task", "numberline", "--model", "pocket", "--num-envs", "4",
+               "--num-steps", "2", "--total-timesteps", "8", "--eval-episodes", "0", "--rank", "2", "--out", str(out)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1 and "nobody reads the output any more" in said and "Traceback" not in said, said
+    found = subprocess.run([*command, "--resume"], capture_output=True, env=environment, text=True)
+    assert found.returncode == 0 and (out / "checkpoint-000001").exists(), found.stderr
+    script = "import errors\nwith errors.in_words():\n    print('a → b')"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, text=True, cwd=HERE)
+    assert shown.stdout == "a \\u2192 b\n"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--target-kl", "nan"], "--target-kl"), (["--advantage-floor", "inf"], "--advantage-floor"),
+    (["--temperature", "inf"], "--temperature"), (["--seed", "1" * 23], "--seed"), (["--lr", "nan"], "--lr")])
+def test_numbers_that_are_none_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--task", "blackjack", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(stopped_run, tmp_path, monkeypatch):
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(checkpoint, "save_file", full)
+        with pytest.raises(SystemExit, match="the disk is full; the last checkpoint is intact.*--resume"):
+            train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+    train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+    assert len(recorded.metrics(tmp_path / "run")) == 4
 
 
 def stop_at(update, save):

@@ -10,24 +10,29 @@ resumed ends as the run that was left alone: metrics.jsonl too, byte for byte (t
 Does not handle: several tasks at once.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
 import math
-import sys
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C in the seconds of importing: no traceback
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import append_line, checkpoints, keep_lines, load, save, write_whole
+from checkpoint import append_line, checkpoints, claim, keep_lines, load, own, save, write_whole
 from env import GAMES
+from errors import ModelError, in_words
 from eval import evaluate, model_player
 from families import PARTS
-from loading import ModelError, find_model, is_small, open_model
+from loading import find_model, is_small, open_model
 from lora import adapter_settings
 from policy import Policy
 from ppo import ppo_update
@@ -41,6 +46,7 @@ class Run:
 
     def __init__(self, settings, policy):
         self.settings, self.policy, self.update = settings, policy, 0
+        self.checkpoint = None                              # the folder that holds it as of the last save or load
         head = list(policy.value_head.parameters())
         writes = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
         self.optimizer = torch.optim.Adam([{"params": writes, "lr": settings.lr},
@@ -78,10 +84,12 @@ def train(run, folder, checkpoint=None):
             learned = ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)               # update
             run.update += 1
             spent = (collected - begun, time.perf_counter() - collected)
-            record(run, folder, rollout, learned, spent, bar)                                           # record
+            metrics = record(run, folder, rollout, learned, spent)                                      # record
+            last = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()         # the first game's last step
             del rollout                                         # before the next one: kept image features are large
             if run.update % settings.save_every == 0 or run.update == settings.num_updates:
                 save(run, folder)                                                                       # save
+            show(run, folder, metrics, *last, spent, bar)
     return held_out(run, "end", folder / "eval.json")
 
 
@@ -90,8 +98,8 @@ def begin(run, folder, checkpoint):
     if checkpoint:
         load(run, checkpoint)
     if parallel.rank() == 0:
-        for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl"):
-            keep_lines(folder / name, run.update)
+        keep_lines([folder / name for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")], run.update)
+        write_whole(folder / "config.json", json.dumps(dataclasses.asdict(run.settings), indent=1) + "\n")
     if run.update == 0:
         held_out(run, "start", folder / "eval_start.json")
     if checkpoint is None:
@@ -107,11 +115,11 @@ def set_learning_rates(run):
 
 
 # ---- what a run shows of itself -------------------------------------------------------------------------------------
-def record(run, folder, rollout, learned, spent, bar):
-    """Write an update's lines into the run folder and show them."""
+def record(run, folder, rollout, learned, spent):
+    """Write an update's lines into the run folder; return the metrics."""
     metrics = play_metrics(rollout, run.settings) | learned | value_metrics(rollout)
     if parallel.rank():
-        return
+        return metrics
     head = {"update": run.update, "env_steps": run.update * run.settings.batch_size,
             "lr": run.optimizer.param_groups[0]["lr"]}
     choice, reward = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()       # the first game's last step
@@ -120,6 +128,13 @@ def record(run, folder, rollout, learned, spent, bar):
                                                       "named": choice.named, "reward": reward})
     append_line(folder / "timing.jsonl", {"update": run.update, "rollout_s": round(spent[0], 2),
                                           "update_s": round(spent[1], 2)})
+    return metrics
+
+
+def show(run, folder, metrics, choice, reward, spent, bar):
+    """Draw the curve and print an update; after the save, so that a closed or narrow terminal costs nothing."""
+    if parallel.rank():
+        return
     draw_curve(folder)
     if metrics["ratio_error"] > 0.02:
         bar.write(f"warning: before any step ratios are off by {metrics['ratio_error']:.3f}, PPO clips at "
@@ -127,8 +142,8 @@ def record(run, folder, rollout, learned, spent, bar):
     if run.update == 1:
         minutes = (run.settings.num_updates - 1) * sum(spent) / 60
         bar.write(f"the first update took {sum(spent):.0f} s: about {minutes:.0f} minutes to go, held-out games apart")
-    bar.write(f"step {head['env_steps']}: plays {choice.action}{'' if choice.named else ' (drawn at random)'}, "
-              f"reward {reward:g}\n  {printable(choice.text)}")
+    bar.write(f"step {run.update * run.settings.batch_size}: plays {choice.action}"
+              f"{'' if choice.named else ' (drawn at random)'}, reward {reward:g}\n  {printable(choice.text)}")
     bar.set_postfix({key: f"{metrics[key]:.3f}" for key in ("success", "return_mean", "parse_rate")
                      if metrics[key] is not None})
 
@@ -175,7 +190,8 @@ def draw_curve(folder):
         points = [(row["env_steps"], row[key]) for row in rows if row[key] is not None]
         if points:
             axes.plot(*zip(*points), label=key.replace("_", " "))
-    axes.set(xlabel="environment steps", ylabel="share", ylim=(0, 1.02), title=folder.name)
+    axes.set(xlabel="environment steps", ylabel="share", ylim=(0, 1.02))
+    axes.set_title(folder.name, parse_math=False)               # a name with two "$" is no formula
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)
     pyplot.close(figure)
@@ -198,7 +214,6 @@ def teach_format(settings):
     if parallel.rank() == 0:
         print(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), then RL; "
               "the pocket model, which needs no GPU, is --model pocket", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder.parent / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
         try:
             teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
@@ -233,7 +248,8 @@ def make_policy(settings, checkpoint=None, loaded=None):
     fill_in(settings, small)
     settings.target_modules = settings.target_modules or tuple(PARTS)
     policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), settings.target_modules,
-                    settings.temperature, settings.seed, settings.gradient_checkpointing, loaded.base)
+                    settings.temperature, settings.seed, settings.gradient_checkpointing, loaded.base,
+                    loaded.mark)
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     return policy
@@ -242,29 +258,23 @@ def make_policy(settings, checkpoint=None, loaded=None):
 def launch(settings, resume, make=make_policy):
     """Make the policy and train it in settings.out; what goes wrong is said in a sentence."""
     folder = Path(settings.out)
-    try:
+    with in_words(lambda: _how_to_go_on(folder)):
         parallel.start()
         for name in ("num_envs", "minibatch_size"):
             if getattr(settings, name) % parallel.size():
                 raise ModelError(f"--{name.replace('_', '-')} {getattr(settings, name)} cannot be shared out evenly to "
                                  f"{parallel.size()} processes")
-        checkpoint = (checkpoints(folder) or [None])[-1] if resume else None
-        policy = make(settings, checkpoint)
-        parallel.wait()                                         # all have read the folder before the first writes to it
-        if parallel.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
-            print(f"run folder: {folder}")
-        train(Run(settings, policy), folder, checkpoint)
-        parallel.stop()
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped; {_how_to_go_on(folder)}")
-    except (ModelError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("out of GPU memory; the last checkpoint is intact. Lower --micro-batch-size (now "
-                 f"{settings.micro_batch_size}) or --play-batch-size (now {settings.play_batch_size}); "
-                 f"{_how_to_go_on(folder)}")
+        first = parallel.rank() == 0
+        with own(folder) if first else contextlib.nullcontext():
+            if first:
+                claim(folder, resume)
+            parallel.wait()
+            checkpoint = (checkpoints(folder) or [None])[-1] if resume else None
+            policy = make(settings, checkpoint)
+            parallel.wait()                                     # all have read the folder before the first writes to it
+            parallel.say(f"run folder: {folder}")
+            train(Run(settings, policy), folder, checkpoint)
+            parallel.stop()
 
 
 def _how_to_go_on(folder):
