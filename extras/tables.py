@@ -100,7 +100,8 @@ def lambdas():
          lambda run: next((row["update"] for row in run if row["success"] >= 0.9), None)),
         ("updates that `target_kl` cut short", ".1f",
          lambda run: sum(row["minibatches"] < max(row["minibatches"] for row in run) for row in run)),
-        ("answers parsed, worst rollout, %", ".0f", lambda run: 100 * min(row["parse_rate"] for row in run)),
+        ("answers parsed in a run's worst rollout, %, mean", ".0f",
+         lambda run: 100 * min(row["parse_rate"] for row in run)),
         ("mean norm of the first update's gradients", ".2g", lambda run: run[0]["grad_norm"]))
     for name, form, measure in measures:
         cells = []

@@ -174,8 +174,8 @@ def main(arguments=None):
         with contextlib.redirect_stdout(io.StringIO()):
             make_tiny(folder / "model")
         command = ["--task", "numberline", "--model", str(folder / "model"), "--sft-steps", "0", "--rank", "2",
-                   "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "24", "--max-new-tokens", "4",
-                   "--minibatch-size", "8", "--eval-episodes", "2"]
+                   "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "16", "--max-new-tokens", "4",
+                   "--minibatch-size", "8", "--eval-episodes", "0"]
         started = time.perf_counter()
         status, text = ended(*child([*command, "--out", str(folder / "alone")]))
         seconds = time.perf_counter() - started
