@@ -55,8 +55,7 @@ def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     for match in reversed(list(ACTION.finditer(text))):
         if match[1].isascii() and (named := match[1].strip().lower()) in legal:
             return legal[named], match.start()
-    keys = [match.start() for match in ACTION_KEY.finditer(text)]
-    return None, keys[-1] if keys else len(text)
+    return None, max((match.start() for match in ACTION_KEY.finditer(text)), default=len(text))
 
 
 def choose(text: str, actions: Sequence[str], generator: np.random.Generator) -> tuple[int, bool, int]:

@@ -2019,6 +2019,13 @@ def test_what_a_terminal_cannot_show_and_a_closed_pipe_cost_nothing(tmp_path):
     assert shown.stdout == "a \\u2192 b\n"
 
 
+def test_half_of_torchruns_environment_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="LOCAL_RANK is set but RANK.*torchrun"):
+        parallel.start()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--target-kl", "nan"], "--target-kl"), (["--advantage-floor", "inf"], "--advantage-floor"),
     (["--temperature", "inf"], "--temperature"), (["--seed", "1" * 23], "--seed"), (["--lr", "nan"], "--lr")])
