@@ -1,12 +1,12 @@
 """A run's folder: its lock, its files, its checkpoints; nothing is half written, nothing is taken on trust.
 
-    with own(folder):                                   # one program at a time
+    with locked(folder):                                # one program at a time
         claim(folder, resume)                           # refuse what is not this program's, drop what a kill left
-        save(run, folder)                               # checkpoint-000007, whole or not at all, sealed by a manifest
+        save(run, folder)                               # checkpoint-000007, whole or not at all, with its manifest
         load(run, newest_checkpoint(folder))            # refuses what is damaged or another run's
 
 `run` is train.Run. Files are safetensors and JSON. A checkpoint's manifest.json has the SHA-256 of each of its files,
-the run's settings, a mark of the base model's weights, versions, this code's hash and the number of threads.
+the run's settings, a hash of the base model's weights, versions, this code's hash and the number of threads.
 Does not handle: what the lines say (train.py), the policy's own files (policy.py).
 """
 
@@ -90,7 +90,7 @@ def drop(folder):
 
 # ---- whose folder it is ---------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def own(folder):
+def locked(folder):
     """Hold the folder's lock; ModelError that says who holds it. The system frees it when the program ends, however."""
     with contextlib.ExitStack() as stack:
         with foreign(folder):
@@ -156,17 +156,17 @@ def plain(settings):
             if name not in settings.free}
 
 
-def seal(folder, base_mark, settings=None):
+def write_manifest(folder, base_hash, settings=None):
     """Write manifest.json over all files of a folder."""
     files = {file.name: _digest(file) for file in sorted(Path(folder).iterdir()) if file.name != "manifest.json"}
-    manifest = {"files": files, "base": base_mark, "settings": settings and plain(settings), "versions": versions()}
+    manifest = {"files": files, "base": base_hash, "settings": settings and plain(settings), "versions": versions()}
     (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def check(folder, base_mark=None, settings=None):
-    """Hold a sealed folder against its manifest; ModelError says what is not as it was. Other versions are a warning.
+def check(folder, base_hash=None, settings=None):
+    """Hold a folder against its manifest; ModelError says what is not as it was. Other versions are a warning.
 
-    base_mark: of the base model as it is now; settings: of the run that would go on.
+    base_hash: of the base model as it is now; settings: of the run that would go on.
     """
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def check(folder, base_mark=None, settings=None):
         if not file.exists() or _digest(file) != digest:
             raise ModelError(f"{file} is {'not as it was written: damaged or edited' if file.exists() else 'missing'}; "
                              "nothing was changed: put back a copy, or start a new run (--out)")
-    if base_mark and manifest["base"] != base_mark:
+    if base_hash and manifest["base"] != base_hash:
         raise ModelError(f"{folder} was made for other weights than its base model's now: they have changed since")
     if settings is not None:
         mine, theirs = plain(settings), manifest["settings"] or {}
@@ -196,7 +196,7 @@ def _digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_mark(folder) -> str:
+def weights_hash(folder) -> str:
     """A hash that changes with a model folder's weights: of small files whole, of large ones the size, the header and
     64 places of 64 KiB."""
     found = hashlib.sha256()
@@ -246,7 +246,7 @@ def save(run, folder):
         "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games]}))
     parallel.wait()
     if parallel.rank() == 0:
-        seal(part, run.policy.base_mark, run.settings)
+        write_manifest(part, run.policy.base_hash, run.settings)
         replace_checkpoint(whole, run.checkpoint)
     parallel.wait()
     run.checkpoint = whole
@@ -254,20 +254,20 @@ def save(run, folder):
 
 def load(run, checkpoint):
     """Take up all that save wrote; ModelError where it is damaged, another run's, or would draw other numbers."""
-    check(checkpoint, run.policy.base_mark, run.settings)
-    plain = json.loads((checkpoint / "process0.json").read_text())
+    check(checkpoint, run.policy.base_hash, run.settings)
+    stored = json.loads((checkpoint / "process0.json").read_text())
     for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
-        if plain[what] != now:
-            raise ModelError(f"{checkpoint} was written with {what} {plain[what]}, this is {now}: the random "
+        if stored[what] != now:
+            raise ModelError(f"{checkpoint} was written with {what} {stored[what]}, this is {now}: the random "
                              "numbers would differ; go on as it began, or start a new run")
-    plain = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
+    stored = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
     run.policy.load(checkpoint)
     generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
     run.sampling.set_state(generators["sampling"])
     run.shuffling.set_state(generators["shuffling"])
     load_optimizer(run.optimizer, checkpoint)
-    run.update, run.fallback.bit_generator.state = plain["update"], plain["fallback"]
-    for game, state in zip(run.games, plain["games"]):
+    run.update, run.fallback.bit_generator.state = stored["update"], stored["fallback"]
+    for game, state in zip(run.games, stored["games"]):
         game.set_state(state)
     run.checkpoint = checkpoint
 

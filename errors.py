@@ -4,7 +4,7 @@
         settings = json.loads(…)
     with in_words(lambda: "go on with --resume"):       # a command line's whole run
 
-Does not handle: errors of this program itself: those keep their traceback.
+Does not handle: errors of this program itself; outside of what is read from elsewhere those keep their traceback.
 """
 
 import contextlib

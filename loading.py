@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from checkpoint import check, weights_mark
+from checkpoint import check, weights_hash
 from errors import FOREIGN, ModelError, foreign
 from families import FAMILIES, load_processor
 from lora import adapter_settings, base_name
@@ -101,7 +101,7 @@ class Loaded(Found):
     """The same with the model and its processor."""
     model: nn.Module
     processor: object
-    mark: str = None        # a hash of the base's weights (checkpoint.weights_mark)
+    weights_hash: str = None        # of the base (checkpoint.weights_hash)
 
 
 def find_model(model="auto", bits="auto", settings=None) -> Found:
@@ -145,10 +145,10 @@ def open_model(model="auto", bits="auto", settings=None) -> Loaded:
     found = find_model(model, bits, settings)
     model, processor = load_model(found.folder, int(found.bits), found.device)
     folder = Path(found.folder)
-    mark = weights_mark(folder if folder.is_dir() else Path(cached_file(found.folder, "config.json")).parent)
+    found_hash = weights_hash(folder if folder.is_dir() else Path(cached_file(found.folder, "config.json")).parent)
     if found.adapters and (Path(found.adapters) / "manifest.json").exists():        # PEFT's own folders have none
-        check(found.adapters, mark)
-    return Loaded(**vars(found), model=model, processor=processor, mark=mark)
+        check(found.adapters, found_hash)
+    return Loaded(**vars(found), model=model, processor=processor, weights_hash=found_hash)
 
 
 def is_small(config):

@@ -62,9 +62,9 @@ def check_weights(name, bits, device, stored_as):
 
 
 def choose(config, settings, size, free):
-    """(bits, gradient_checkpointing, plan): the first of 16 bits without checkpointing, 16 bits and 4 bits that fits.
+    """(bits, gradient_checkpointing, plan): the first that fits of (16, 0), (16, 1) and (4, 1), else the last.
 
-    What the settings name is kept; where nothing fits it is the last.
+    What the settings name is kept. free: bytes.
     """
     for bits, checkpointing in ((16, 0), (16, 1), (4, 1)):
         tried = copy.copy(settings)

@@ -86,17 +86,17 @@ class Policy(nn.Module):
     target_modules: the parts (keys of lora.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
     () is no adapters, all weights learn. temperature divides the logits in sampling and in scoring alike.
     gradient_checkpointing: 0 for none, n for every n-th layer.
-    base_name, base_mark: the model that saved adapters are made for, and a hash of its weights.
+    base_name, base_hash: the model that saved adapters are made for, and a hash of its weights.
     """
 
     def __init__(self, model, processor, rank=32, alpha=None, target_modules=tuple(PARTS), temperature=1.0, seed=0,
-                 gradient_checkpointing=0, base_name="pocket", base_mark=None):
+                 gradient_checkpointing=0, base_name="pocket", base_hash=None):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.temperature, self.rank, self.alpha = temperature, rank, alpha or 2 * rank
-        self.base_name, self.base_mark = base_name, base_mark
+        self.base_name, self.base_hash = base_name, base_hash
         generator = torch.Generator().manual_seed(seed)
         self.lora = add_lora(model, rank, self.alpha, target_modules, generator) if target_modules else {}
         self.vision_frozen = bool(target_modules) and not {"vision", "projector"} & set(target_modules)

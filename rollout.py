@@ -132,9 +132,9 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
 
     subtle: in bf16 a log-probability depends on the padding, the mask and the size of its batch. At 16 layers the
     ratio before the first step is off by up to 0.3 where these differ, and PPO clips at 0.1; where they are the same it
-    is 1 exactly. There is one shape, or where the longest answers would make it more than a tenth longer two: full
-    micro-batches for the 95 % shortest answers, small ones for the rest. One column of padding is always there: without
-    any, transformers takes another attention kernel.
+    is 1 exactly. Usually there is one shape. Where the longest answers would make it more than a tenth longer there are
+    two: full micro-batches for the 95 % shortest answers, small ones for the rest. One column of padding is always
+    there: without any, transformers takes another attention kernel.
     """
     P = 1 + max(len(prompt.ids) for prompt in prompts)
     lengths = sorted(len(response) for response in responses)

@@ -43,6 +43,8 @@ class ModelSettings:
                         choices=("auto", "4", "16", "32"))
     rank: int = setting(None, "of the LoRA adapters, r; α = 2 r as in the paper", small=32, large=128)
     target_modules: tuple = setting(None, f"the parts that have LoRA adapters and learn ({','.join(PARTS)})")
+    gradient_checkpointing: int = setting(None, "less memory for more time: of every layer (1), of every second (2), "
+                                          "of none (0; also where it fits the GPU so)", small=0, large=1)
     cot: bool = setting(True, "chain of thought; --no-cot: the action alone, the paper's ablation")
     seed: int = setting(1, "fixes the whole run")
 
@@ -70,9 +72,6 @@ class Settings(ModelSettings):
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
-    gradient_checkpointing: int = setting(None, "less memory for more time: of every layer (1), of every second (2), "
-                                          "of none (0; also where it fits the GPU so)",
-                                          small=0, large=1)
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all")
     num_envs: int = setting(64, "games side by side")

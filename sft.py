@@ -35,11 +35,11 @@ from checkpoint import (
     checkpoints,
     held_back_interrupt,
     load_optimizer,
-    own,
+    locked,
     part_of,
     replace_checkpoint,
     save_optimizer,
-    seal,
+    write_manifest,
     write_whole,
 )
 from env import GAMES
@@ -50,7 +50,7 @@ from loading import is_small, open_model
 from lora import adapter_settings, save_adapters
 from parse import make_answer, make_prompt
 from policy import Policy
-from settings import ModelSettings, fill_in, read_settings, setting, take_up
+from settings import ModelSettings, Settings, fill_in, read_settings, setting, take_up
 
 
 @dataclass
@@ -187,7 +187,7 @@ def save_lesson(policy, optimizer, done, settings):
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in learning(policy)},
               part_of(whole) / "weights.safetensors")
     save_optimizer(optimizer, part_of(whole))
-    seal(part_of(whole), policy.base_mark, settings)
+    write_manifest(part_of(whole), policy.base_hash, settings)
     replace_checkpoint(whole, before[-1] if before else None)
 
 
@@ -196,7 +196,7 @@ def load_lesson(policy, optimizer, settings) -> int:
     if not checkpoints(settings.out):
         return 0
     newest = checkpoints(settings.out)[-1]
-    check(newest, policy.base_mark, settings)
+    check(newest, policy.base_hash, settings)
     stored = load_file(newest / "weights.safetensors")
     with torch.no_grad():
         for name, parameter in learning(policy):
@@ -210,7 +210,7 @@ def teach(settings):
 
     What is there of an earlier try goes on; what is there whole stays as it is.
     """
-    with own(settings.out):
+    with locked(settings.out):
         _teach(settings, Path(settings.out))
 
 
@@ -221,7 +221,7 @@ def _teach(settings, folder):
         clean_up(folder)
         print(f"{folder} is finished")
         return
-    loaded = open_model(settings.model, settings.bits)
+    loaded = open_model(settings.model, settings.bits, planned(settings))
     print(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations", flush=True)
     if settings.full and (loaded.adapters or loaded.bits != "32"):
         raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
@@ -229,11 +229,13 @@ def _teach(settings, folder):
     if loaded.adapters:
         adapters = adapter_settings(loaded.adapters)
         take_up(settings, adapters)
+    if settings.gradient_checkpointing is None:
+        settings.gradient_checkpointing = loaded.checkpointing
     fill_in(settings, small)
     parts = () if settings.full else settings.target_modules or tuple(PARTS)
     policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), parts, seed=settings.seed,
-                    gradient_checkpointing=int(not small) if loaded.checkpointing is None else loaded.checkpointing,
-                    base_name=loaded.base, base_mark=loaded.mark)
+                    gradient_checkpointing=settings.gradient_checkpointing, base_name=loaded.base,
+                    base_hash=loaded.weights_hash)
     if settings.full:
         settings.rank = None                                # there are no adapters
     if loaded.adapters:
@@ -251,11 +253,18 @@ def _teach(settings, folder):
         save_processor(loaded.processor, part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
-    seal(part, loaded.mark, settings)
+    write_manifest(part, loaded.weights_hash, settings)
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
         os.replace(file, folder / file.name)
     clean_up(folder)
     print(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
+
+
+def planned(settings):
+    """What memory.choose asks: this course as if it were RL of the same adapters, which takes more."""
+    return Settings(task=settings.task, rank=settings.rank, target_modules=settings.target_modules, cot=settings.cot,
+                    micro_batch_size=settings.micro_batch_size,
+                    gradient_checkpointing=settings.gradient_checkpointing)
 
 
 def clean_up(folder):

@@ -1880,11 +1880,11 @@ def test_a_base_model_that_changed_is_noticed(stopped_run, tmp_path):
         weights.write_bytes(kept)
     big = tmp_path / "big.safetensors"
     big.write_bytes(bytes(3000))
-    whole, checkpoint.WHOLE = checkpoint.weights_mark(tmp_path), 1000
+    whole, checkpoint.WHOLE = checkpoint.weights_hash(tmp_path), 1000
     try:
-        before = checkpoint.weights_mark(tmp_path)
+        before = checkpoint.weights_hash(tmp_path)
         big.write_bytes(bytes(1500) + b"1" + bytes(1499))
-        assert before != whole and checkpoint.weights_mark(tmp_path) != before
+        assert before != whole and checkpoint.weights_hash(tmp_path) != before
     finally:
         checkpoint.WHOLE = 64 * 2**20
 
@@ -1922,11 +1922,11 @@ def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path)
 
 def test_a_run_folder_has_one_owner(stopped_run, tmp_path):
     shutil.copytree(stopped_run[0], tmp_path / "run")
-    with checkpoint.own(tmp_path / "run"):
+    with checkpoint.locked(tmp_path / "run"):
         for command in (lambda: train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"]),
                         lambda: sft.main(["--task", "numberline", "--out", str(tmp_path / "run" / "x")])):
             with pytest.raises(SystemExit, match=f"in use by process {os.getpid()} on"), \
-                    checkpoint.own(tmp_path / "run" / "x"):
+                    checkpoint.locked(tmp_path / "run" / "x"):
                 command()
     train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import append_line, checkpoints, claim, keep_lines, load, own, save, write_whole
+from checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from env import GAMES
 from errors import ModelError, in_words
 from eval import evaluate, model_player
@@ -50,14 +50,14 @@ class Run:
         head = list(policy.value_head.parameters())
         writes = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
         self.optimizer = torch.optim.Adam([{"params": writes, "lr": settings.lr},
-                                           {"params": head, "lr": settings.value_lr}], eps=1e-7)     # the paper's ε
+                                           {"params": head, "lr": settings.value_lr}], eps=1e-7)     # the paper's
         # One seed, independent streams: for each process its tokens, fallback actions and order of samples; and one for
         # each game, of which a process plays its share.
         rank, share = parallel.rank(), settings.num_envs // parallel.size()
-        own = np.random.SeedSequence(settings.seed, spawn_key=(rank,)).generate_state(2).tolist()
+        seeds = np.random.SeedSequence(settings.seed, spawn_key=(rank,)).generate_state(2).tolist()
         order, *deals = np.random.SeedSequence(settings.seed).generate_state(1 + settings.num_envs).tolist()
-        self.sampling = torch.Generator(policy.device).manual_seed(own[0])
-        self.fallback = np.random.default_rng(own[1])
+        self.sampling = torch.Generator(policy.device).manual_seed(seeds[0])
+        self.fallback = np.random.default_rng(seeds[1])
         self.shuffling = torch.Generator().manual_seed(order + rank)
         self.games = [GAMES[settings.task]() for _ in range(share)]
         for game, seed in zip(self.games, deals[rank * share:]):
@@ -84,12 +84,11 @@ def train(run, folder, checkpoint=None):
             learned = ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)               # update
             run.update += 1
             spent = (collected - begun, time.perf_counter() - collected)
-            metrics = record(run, folder, rollout, learned, spent)                                      # record
-            last = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()         # the first game's last step
+            metrics, sample = record(run, folder, rollout, learned, spent)                              # record
             del rollout                                         # before the next one: kept image features are large
             if run.update % settings.save_every == 0 or run.update == settings.num_updates:
                 save(run, folder)                                                                       # save
-            show(run, folder, metrics, *last, spent, bar)
+            show(run, folder, metrics, *sample, spent, bar)
     return held_out(run, "end", folder / "eval.json")
 
 
@@ -116,19 +115,19 @@ def set_learning_rates(run):
 
 # ---- what a run shows of itself -------------------------------------------------------------------------------------
 def record(run, folder, rollout, learned, spent):
-    """Write an update's lines into the run folder; return the metrics."""
+    """Write an update's lines into the run folder; return (metrics, (the first game's last Choice, its reward))."""
     metrics = play_metrics(rollout, run.settings) | learned | value_metrics(rollout)
+    choice, reward = sample = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()
     if parallel.rank():
-        return metrics
+        return metrics, sample
     head = {"update": run.update, "env_steps": run.update * run.settings.batch_size,
             "lr": run.optimizer.param_groups[0]["lr"]}
-    choice, reward = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()       # the first game's last step
     append_line(folder / "metrics.jsonl", head | metrics)
     append_line(folder / "transcripts.jsonl", head | {"text": choice.text, "action": choice.action,
                                                       "named": choice.named, "reward": reward})
     append_line(folder / "timing.jsonl", {"update": run.update, "rollout_s": round(spent[0], 2),
                                           "update_s": round(spent[1], 2)})
-    return metrics
+    return metrics, sample
 
 
 def show(run, folder, metrics, choice, reward, spent, bar):
@@ -198,7 +197,7 @@ def draw_curve(folder):
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
-def teach_format(settings):
+def starting_model(settings):
     """The paper's first stage, where plain large weights need it; return the name of the model that RL starts from."""
     found = find_model(settings.model, settings.bits, settings)
     parallel.say(f"model: {found.why}")
@@ -218,6 +217,7 @@ def teach_format(settings):
         try:
             teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
                               target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
+                              gradient_checkpointing=settings.gradient_checkpointing,
                               micro_batch_size=settings.micro_batch_size, out=str(folder), steps=settings.sft_steps))
         except FloatingPointError as error:
             raise ModelError(f"the first stage failed: {error}. Run sft.py by itself with it, and pass its folder as "
@@ -234,7 +234,7 @@ def make_policy(settings, checkpoint=None, loaded=None):
     checkpoint: a folder whose adapters go on, and which names their base. loaded: a loading.Loaded to use as it is.
     """
     if loaded is None:
-        start = checkpoint or teach_format(settings)
+        start = checkpoint or starting_model(settings)
         loaded = open_model(start, settings.bits, settings)
         if start != settings.model:
             parallel.say(f"model: {loaded.why}")
@@ -249,7 +249,7 @@ def make_policy(settings, checkpoint=None, loaded=None):
     settings.target_modules = settings.target_modules or tuple(PARTS)
     policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), settings.target_modules,
                     settings.temperature, settings.seed, settings.gradient_checkpointing, loaded.base,
-                    loaded.mark)
+                    loaded.weights_hash)
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     return policy
@@ -265,7 +265,7 @@ def launch(settings, resume, make=make_policy):
                 raise ModelError(f"--{name.replace('_', '-')} {getattr(settings, name)} cannot be shared out evenly to "
                                  f"{parallel.size()} processes")
         first = parallel.rank() == 0
-        with own(folder) if first else contextlib.nullcontext():
+        with locked(folder) if first else contextlib.nullcontext():
             if first:
                 claim(folder, resume)
             parallel.wait()

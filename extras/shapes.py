@@ -129,7 +129,7 @@ def plans():
 
 def table():
     """The README's table, in Markdown."""
-    lines = ["| GPU | `python train.py --task blackjack` and | bits | gradient checkpointing | memory, at least |",
+    lines = ["| GPU | `python train.py --task blackjack --out runs/NAME` … | bits | gradient checkpointing | plan |",
              "| --- | --- | --- | --- | --- |"]
     for (gigabytes, name, _, flags, _), bits, checkpointing, plan in plans():
         flags = "".join(f" --{flag} {value}" for flag, value in flags.items())
