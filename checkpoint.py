@@ -44,12 +44,13 @@ def put_in_place(path):
     """Let what is whole now appear under its own name, in one step that neither a kill nor a power cut halves."""
     part = part_of(path)
     for file in [*part.rglob("*"), part] if part.is_dir() else [part]:
-        _to_disk(file)
+        to_disk(file)
     os.replace(part, path)
-    _to_disk(Path(path).parent)
+    to_disk(Path(path).parent)
 
 
-def _to_disk(path):
+def to_disk(path):
+    """Return when a file's or a folder's content is on the disk, not only on its way."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,14 +67,17 @@ def write_whole(path, text):
 def append_line(path, row):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())                             # a checkpoint must not outlive the lines before it
 
 
 def keep_lines(paths, count):
     """Cut files back to their first `count` lines: what came after the checkpoint is played again."""
-    found = {path: path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-             for path in paths}
+    with foreign(paths[0].parent):
+        found = {path: path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+                 for path in paths}
     for path, lines in found.items():
-        if len(lines) < count:
+        if len(lines) < count or not "".join(lines[:count]).endswith("\n" if count else ""):
             raise ModelError(f"{path} has {len(lines)} lines and the checkpoint {count} updates behind it: it is not "
                              "this run's, or was cut; start a new run (--out)")
     for path, lines in found.items():
@@ -158,8 +162,12 @@ def plain(settings):
 
 def write_manifest(folder, base_hash, settings=None):
     """Write manifest.json over all files of a folder."""
+    os.umask(umask := os.umask(0))
     files = {file.name: _digest(file) for file in sorted(Path(folder).iterdir()) if file.name != "manifest.json"}
+    for name in files:                                      # safetensors makes its files the owner's alone
+        (Path(folder) / name).chmod(0o666 & ~umask)
     manifest = {"files": files, "base": base_hash, "settings": settings and plain(settings), "versions": versions()}
+    manifest["self"] = _digest_of(manifest)
     (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -170,7 +178,9 @@ def check(folder, base_hash=None, settings=None):
     """
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
-        files, was = dict(manifest["files"]), dict(manifest["versions"])
+        files, was, own = dict(manifest["files"]), dict(manifest["versions"]), manifest.pop("self")
+        if own != _digest_of(manifest):
+            raise ValueError("it is not as it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} has no manifest that can be read, so it is not taken: {error}") from error
     for name, digest in files.items():
@@ -192,15 +202,21 @@ def check(folder, base_hash=None, settings=None):
 
 
 def _digest(path):
-    with open(path, "rb") as file:
+    with foreign(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(folder) -> str:
     """A hash that changes with a model folder's weights: of small files whole, of large ones the size, the header and
     64 places of 64 KiB."""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    found, index = hashlib.sha256(), Path(folder) / "model.safetensors.index.json"
+    with foreign(index):
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    for path in sorted(Path(folder) / name for name in names if (Path(folder) / name).exists()):
         size = path.stat().st_size
         found.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
@@ -270,6 +286,10 @@ def load(run, checkpoint):
     for game, state in zip(run.games, stored["games"]):
         game.set_state(state)
     run.checkpoint = checkpoint
+    for older in checkpoints(checkpoint.parent)[:-1] if parallel.rank() == 0 else ():
+        manifest = older / "manifest.json"                  # a kill may have left this run's; a stranger's stays
+        if manifest.exists() and json.loads(manifest.read_text()).get("settings") == plain(run.settings):
+            drop(older)
 
 
 @contextlib.contextmanager

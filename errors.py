@@ -30,7 +30,7 @@ FOREIGN = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError,
 
 
 @contextlib.contextmanager
-def foreign(what):
+def foreign(what, kinds=FOREIGN):
     """Turn what reading `what` (a file, a folder, a model's name) raises into a ModelError that names it.
 
     >>> with foreign("config.json"):
@@ -40,7 +40,9 @@ def foreign(what):
     """
     try:
         yield
-    except FOREIGN as error:
+    except (ModelError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except kinds as error:
         if isinstance(error, OSError) and error.strerror:
             said = error.strerror.lower()
         else:
@@ -51,28 +53,29 @@ def foreign(what):
 @contextlib.contextmanager
 def in_words(advice: Callable[[], str] = lambda: ""):
     """Run a command line: what a user can meet ends it with a sentence. advice: how to go on, asked when needed."""
-    for stream in (sys.stdout, sys.stderr):                 # a terminal without "→" gets \\u2192, not a traceback
+    for stream in filter(None, (sys.stdout, sys.stderr)):   # a terminal without "→" gets \\u2192, not a traceback
         stream.reconfigure(errors="backslashreplace")
     program = Path(sys.argv[0]).name
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # as the scripts set it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(f"\n{program}: stopped{_then(advice)}")
     except (ModelError, FloatingPointError) as error:
         sys.exit(f"{program}: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit(f"{program}: out of GPU memory: lower --micro-batch-size or --play-batch-size, or use --bits 4"
-                 + _then(advice))
+        sys.exit(f"{program}: out of GPU memory: lower --micro-batch-size or --play-batch-size, or begin anew with "
+                 f"--bits 4{_then(advice)}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # nothing more can be said there
         sys.exit(f"{program}: nobody reads the output any more (| head?){_then(advice)}")
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-            sys.exit(f"{program}: the disk is full; the last checkpoint is intact. Make room{_then(advice)}")
-        raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        sys.exit(f"{program}: {'the disk is full; the last checkpoint is intact. Make room' if full else error}"
+                 + _then(advice))
 
 
 def _then(advice):

@@ -287,8 +287,8 @@ def check_options(options, given):
     for name, value in {"episodes": options.episodes, **given}.items():
         if name in ("episodes", "num_envs", "max_new_tokens", "play_batch_size") and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-    if options.seed < 0:
-        raise ValueError("--seed must not be negative")
+    if not 0 <= options.seed < 2**31:
+        raise ValueError("--seed must be 0 or more, below 2³¹")
     if not options.model and {"temperature", "cot", "bits"} & set(given):
         raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
     if options.render and not options.render.endswith((".gif", ".png")):
@@ -299,7 +299,7 @@ def check_options(options, given):
             new = not Path(file).exists()
             open(file, "ab").close()
             if new:
-                os.remove(file)
+                os.remove(os.path.realpath(file))
 
 
 def main(arguments=None):

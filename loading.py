@@ -45,7 +45,8 @@ def load_model(name: str, bits=32, device="cpu"):
     check_weights(name, bits, device, stored_as=_config(name).dtype or torch.float16)
     processor = _processor(name)
     try:
-        with foreign(f"{name!r} does not load whole (is a file missing or cut off?), so it"):
+        with foreign(f"{name!r} does not load whole (a file missing, cut off, or neither here nor to be had?), so it",
+                     Exception):                            # all kinds: other people's code on other people's files
             model, report = AutoModelForImageTextToText.from_pretrained(
                 name, dtype=dtype, quantization_config=quantisation, device_map={"": device}, trust_remote_code=False,
                 use_safetensors=True, output_loading_info=True)
@@ -145,6 +146,8 @@ def open_model(model="auto", bits="auto", settings=None) -> Loaded:
     found = find_model(model, bits, settings)
     model, processor = load_model(found.folder, int(found.bits), found.device)
     folder = Path(found.folder)
+    if (folder / "manifest.json").exists():                                 # sft.py --full wrote it
+        check(folder)
     found_hash = weights_hash(folder if folder.is_dir() else Path(cached_file(found.folder, "config.json")).parent)
     if found.adapters and (Path(found.adapters) / "manifest.json").exists():        # PEFT's own folders have none
         check(found.adapters, found_hash)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -101,14 +102,15 @@ def _config(folder):
     file = Path(folder) / "adapter_config.json"
     with foreign(file):
         config = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("r", "lora_alpha"):
-            if type(config[name]) not in (int, float) or not config[name] > 0:
+        for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+            if type(config[name]) not in kinds or not config[name] > 0:
                 raise ValueError(f"{name} is {config[name]!r}, not a number above 0")
-        names = config["target_modules"]
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("target_modules must be a list of modules' names")
+        if not config["target_modules"]:
+            raise ValueError("target_modules must name some modules")
         if not isinstance(config["base_model_name_or_path"], str):
             raise ValueError("base_model_name_or_path must be a name")
+        if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+            raise ValueError("init_lora_weights: adapters whose base was changed for them")
         if strange := [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
                                          "bias") if config.get(name) not in (None, False, "none", {}, [])]:
             raise ValueError(f"{', '.join(strange)}: adapters of another kind than plain LoRA")
@@ -117,7 +119,8 @@ def _config(folder):
 
 def adapter_settings(folder) -> dict:
     """The Policy arguments (rank, alpha, target_modules) that fit a folder of adapters."""
-    config = _config(folder)
-    found = set(map(part_of_path, config["target_modules"]))
+    config, file = _config(folder), Path(folder) / "adapter_model.safetensors"
+    with foreign(file), safe_open(file, "pt") as tensors:   # not target_modules: PEFT shortens long lists of names
+        found = {part_of_path(key.removeprefix("base_model.model.")) for key in tensors.keys()}
     parts = tuple(part for part in PARTS if part in found)
     return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": parts}

@@ -103,8 +103,9 @@ def memory_plan(config, settings, size) -> dict[str, int]:
     whole, again = seen * kept_for_backward(model, batch, length), 0
     kept = whole
     if every := settings.gradient_checkpointing:
-        kept = seen * 2 * batch * length * text.hidden_size * text.num_hidden_layers / every
-        again = whole / text.num_hidden_layers * every
+        # of every n-th layer the input alone is kept and the rest computed again; the other layers keep all
+        kept = (seen * 2 * batch * length * text.hidden_size * text.num_hidden_layers + whole * (every - 1)) / every
+        again = whole / text.num_hidden_layers
     keys = _first(text, "num_key_value_heads", "num_attention_heads") * (
         _first(text, "head_dim") or text.hidden_size // text.num_attention_heads)
     prefill = min(settings.play_batch_size, max(1, PREFILL_TOKENS // prompt_tokens))
@@ -127,10 +128,12 @@ def memory_plan(config, settings, size) -> dict[str, int]:
 
 def said_of_memory(folder, plan, free) -> str:
     """What to tell the user before a large model is loaded: its download, and whether training it will fit."""
-    size = "" if Path(folder).is_dir() else f"; {stored_bytes(folder) / 2**30:.1f} GiB of weights, downloaded once"
+    stored = 0 if Path(folder).is_dir() else stored_bytes(folder)               # 0 too where the hub has no index
+    size = f"; {stored / 2**30:.1f} GiB of weights, downloaded where they are not yet" if stored else ""
     needed = f"; training takes {peak(plan) / 2**30:.1f} GiB or more, {free / 2**30:.1f} are free"
     if MARGIN * peak(plan) > free:
-        needed += " (tight: lower --micro-batch-size, --play-batch-size or --rank if memory runs out)"
+        needed += (f" ({'it will hardly fit' if peak(plan) > free else 'tight'}: lower --micro-batch-size, "
+                   "--play-batch-size or --rank if memory runs out)")
     return size + needed
 
 

@@ -83,7 +83,7 @@ class Prompt:
 class Policy(nn.Module):
     """See the file's header.
 
-    target_modules: the parts (keys of lora.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
+    target_modules: the parts (keys of families.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
     () is no adapters, all weights learn. temperature divides the logits in sampling and in scoring alike.
     gradient_checkpointing: 0 for none, n for every n-th layer.
     base_name, base_hash: the model that saved adapters are made for, and a hash of its weights.

@@ -227,7 +227,12 @@ def read_settings(cls, description, arguments=None):
         settings = cls(**given)
         if resume:
             parallel.say(f"there is no run in {config.parent} yet: this starts one")
-    if problem := settings.problem():
+    try:
+        with foreign(config):                               # such as a null where a number belongs
+            problem = settings.problem()
+    except ModelError as error:
+        problem = str(error)
+    if problem:
         parser.error(problem)
     if exists and not resume:
         parser.error(f"{config.parent} holds a run already: go on with --resume, or choose another --out")

@@ -39,6 +39,7 @@ from checkpoint import (
     part_of,
     replace_checkpoint,
     save_optimizer,
+    to_disk,
     write_manifest,
     write_whole,
 )
@@ -218,6 +219,12 @@ def _teach(settings, folder):
     begun = time.perf_counter()
     last = "config.json" if settings.full else "adapter_config.json"
     if (folder / last).exists():
+        with foreign(folder / settings.file):
+            there = json.loads((folder / settings.file).read_text(encoding="utf-8"))
+            other = [f"{name} {there[name]}" for name in ("task", "cot", "seed", "steps", "label_noise")
+                     if there[name] != getattr(settings, name)]
+        if other:
+            raise ModelError(f"{folder} holds another course's result ({', '.join(other)}): choose another --out")
         clean_up(folder)
         print(f"{folder} is finished")
         return
@@ -255,7 +262,9 @@ def _teach(settings, folder):
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
     write_manifest(part, loaded.weights_hash, settings)
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
+        to_disk(file)
         os.replace(file, folder / file.name)
+    to_disk(folder)                                         # before the checkpoints go
     clean_up(folder)
     print(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
 
@@ -269,12 +278,14 @@ def planned(settings):
 
 def clean_up(folder):
     """Drop what a finished course needs no more; a kill may have left it."""
-    for left in (folder / "result.part", *checkpoints(folder)):
+    for left in (folder / "result.part", *checkpoints(folder), *folder.glob("checkpoint-*.gone"),
+                 *folder.glob("checkpoint-*.part")):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def main(arguments=None):
-    settings, resume = read_settings(SFTSettings, __doc__, arguments)
+    with in_words():
+        settings, resume = read_settings(SFTSettings, __doc__, arguments)
     folder = Path(settings.out)
 
     def how_to_go_on():
@@ -284,7 +295,7 @@ def main(arguments=None):
     with in_words(how_to_go_on):
         with foreign(folder):
             there = [file.name for file in folder.iterdir()] if folder.exists() else []
-        if not resume and set(there) - {"run.lock"}:
+        if not resume and set(there) - {"run.lock", f"{settings.file}.part"}:
             raise ModelError(f"{folder} is not empty: choose another --out")
         teach(settings)
 

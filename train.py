@@ -29,7 +29,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from env import GAMES
-from errors import ModelError, in_words
+from errors import ModelError, foreign, in_words
 from eval import evaluate, model_player
 from families import PARTS
 from loading import find_model, is_small, open_model
@@ -161,9 +161,10 @@ def held_out(run, when, path):
     settings = run.settings
     if parallel.rank() or not settings.eval_episodes:
         return None
-    if path.exists():                                       # of this very policy: a run was resumed here
-        result = json.loads(path.read_text())
-    else:
+    asked = settings.eval_episodes, settings.eval_seed
+    with foreign(path):
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if (result.get("episodes"), result.get("seed")) != asked:       # else of this very policy: a run was resumed here
         print(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …", flush=True)
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
@@ -284,7 +285,8 @@ def _how_to_go_on(folder):
 
 
 def main(arguments=None):
-    settings, resume = read_settings(Settings, __doc__, arguments)
+    with in_words():
+        settings, resume = read_settings(Settings, __doc__, arguments)
     launch(settings, resume)
 
 

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from checkpoint import part_of, put_in_place
 from env import GAMES
 from families import save_processor, without_video
 from games.expert import reading
@@ -181,9 +182,11 @@ def build(out, seed=0, steps=(500, 4200, 300), batch=64, streams=16, family="lla
     reads = [captions(task, seed + i) for i in range(streams) for task in GAMES]
     finetune(policy, mixed(reads, batch, generator), steps[0], 1e-3, title="reading")
     finetune(policy, mixed(answers(EARLY_NOISE, seed, streams), batch, generator), steps[1], 1e-3, title="answering")
-    policy.model.half().save_pretrained(out)
-    save_processor(processor, out)
-    last_lesson(out, seed, steps[2], batch)
+    part = part_of(out)                                     # whole after the last lesson
+    policy.model.half().save_pretrained(part)
+    save_processor(processor, part)
+    last_lesson(part, seed, steps[2], batch)
+    put_in_place(out)
 
 
 def last_lesson(out, seed, steps, batch=64):

@@ -104,14 +104,14 @@ def run_stage(name, arguments, stop=None):
     begun = time.perf_counter()
     command = [sys.executable, "-m", "extras.rehearsal", "--stage", name, *map(str, arguments)]
     print("+", name, *arguments, flush=True)
+    killed = False
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while stop and process.poll() is None:
-            if stop():
+        while stop and not killed and process.poll() is None:
+            if killed := stop():
                 process.send_signal(signal.SIGKILL)
-                stop = None
             time.sleep(0.1)
         printed = process.communicate()[0]
-    if process.returncode not in (0, -signal.SIGKILL):
+    if process.returncode != (-signal.SIGKILL if stop else 0):
         sys.exit(f"{name} failed:\n{printed[-2000:]}")
     found = {"wall_s": round(time.perf_counter() - begun, 1)}
     return found | (json.loads(printed.splitlines()[-1]) if process.returncode == 0 else {"killed": True})

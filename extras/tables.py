@@ -207,8 +207,17 @@ def speed_choices():
     return markdown(["one choice undone or tried", "playing, s", "learning, s", "both, times as shipped"], rows)
 
 
+def survived():
+    """What was tried on run folders and answers (extras/torture.py), how often, and how often it held."""
+    file = RESULTS / "bench" / "torture.json"
+    if not file.exists():
+        return ""
+    return markdown(["tried", "times", "held"], [[name, f"{tried:,}", f"{held:,}"]
+                                                 for name, (tried, held) in read(file)["tried_held"].items()])
+
+
 def tables():
     """All of them, without those that no run stands behind yet."""
     return [text for make in (table, references, seeds, families, lambdas, trust_regions, best_effort, decisions, plans,
-                              value_heads, settings_tried, speed_choices)
+                              value_heads, settings_tried, speed_choices, survived)
             if (text := make())]

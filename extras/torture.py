@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ from loading import POCKET, load_model
 from parse import json_closed, parse
 
 WRITES = ((checkpoint, "save_file"), (policy, "save_file"), (lora, "save_file"), (checkpoint.os, "replace"),
-          (checkpoint.os, "fsync"), (Path, "write_text"), (checkpoint.shutil, "rmtree"))
+          (checkpoint.os, "fsync"), (Path, "write_text"), (checkpoint.shutil, "rmtree"), (train, "append_line"),
+          (train, "draw_curve"))
 PIECES = ('"action"', ":", '"hit"', '"', "{", "}", "\\", " ", "\n", "hit", "ſ", "\ud7ff", "😀", "\x00", "}" * 50,
           "action")
 
@@ -60,6 +62,9 @@ def child(arguments, before=lambda: None):
         except SystemExit as stop:
             print(stop.code, file=sys.stderr, flush=True)
             os._exit(1)
+        except BaseException:                               # never back into the parent's own stack
+            traceback.print_exc()
+            os._exit(2)
     return process, said
 
 
@@ -136,8 +141,9 @@ def torture_kills(command, folder, expected, count, seconds, generator):
         process, said = child([*command, "--out", str(run)])
         time.sleep(generator.random() * seconds)
         os.kill(process, signal.SIGKILL)
-        tried, held = tried + (ended(process, said)[0] != 0), held + _goes_on(command, run, expected)
-    return count, held
+        if ended(process, said)[0]:                         # else it came too late
+            tried, held = tried + 1, held + _goes_on(command, run, expected)
+    return tried, held
 
 
 def torture_damage(command, folder, run, generator, flips=5):

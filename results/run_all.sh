@@ -49,12 +49,13 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is n
 
 best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning on the expert's own labels, RL from there
     local name=$1 games=$2 steps=$3 task=${1%%-*}; shift 3
-    local begun=$SECONDS start="runs/$task-best-sft"
+    local begun=$SECONDS start="runs/$task-best-sft" more=""
     [ -f "results/runs/$name/eval.json" ] && return
     mkdir -p runs
     exec 8> "$start.lock"; flock -n 8 || { echo "$start is being made elsewhere"; return 1; }
-    if [ ! -d "$start" ]; then
-        python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start" \
+    if [ ! -f "$start/config.json" ]; then
+        [ -f "$start/sft.json" ] && more=--resume
+        python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start" ${more:-} \
             > "$start.log" 2>&1 || { echo "$name failed: $start.log"; return 1; }
         echo "{\"steps\": $steps, \"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/baselines/$task-best-sft.json"
     fi
