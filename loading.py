@@ -122,6 +122,11 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
     base, adapters = name, None
     if (Path(name) / "adapter_config.json").exists():
         base, adapters = base_name(name), name
+        if Path(base).is_absolute() and not Path(base).is_dir():        # moved since
+            if not settings or not Path(settings.model or "").is_dir():
+                raise ModelError(f"{adapters} was made for the model in {base}, which is not there: to go on with a "
+                                 "run, pass the model's present folder as --model with --resume")
+            base = settings.model
         why = f"{base} with the adapters in {adapters}"
     if base != "pocket" and Path(base).is_dir():
         base = str(Path(base).resolve())                        # adapters name it wherever they are read from

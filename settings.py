@@ -50,9 +50,9 @@ class ModelSettings:
 
     # Not fields: where the settings are kept in the run folder, and what of them may change in mid-run. Those are where
     # to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and another
-    # play_batch_size draws other tokens).
+    # play_batch_size draws other tokens), and the base model's place (its weights are held against their hash).
     file, variant = "config.json", ""
-    free = ("out", "micro_batch_size", "play_batch_size", "save_every")
+    free = ("out", "model", "micro_batch_size", "play_batch_size", "save_every")
 
     def problem(self):
         """What is wrong with the settings, in words, or None."""

@@ -1911,6 +1911,23 @@ def test_a_base_model_that_changed_is_noticed(stopped_run, tmp_path):
         checkpoint.WHOLE = 64 * 2**20
 
 
+def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
+    """Adapters name their base's absolute place; where it has moved, --model says where to; the hash, that it is it."""
+    shutil.copytree(stopped_run[0].parent, tmp_path / "all")
+    model = Path(stopped_run[0].parent / "model")
+    try:
+        model.rename(model.with_name("elsewhere"))
+        command = [*stopped_run[1][:2], "--out", str(tmp_path / "all" / "run"), "--resume"]
+        with pytest.raises(SystemExit, match="which is not there: .*--model with --resume"):
+            train.main(command)
+        with pytest.raises(SystemExit, match="other weights than its base model's"):
+            train.main([*command, "--model", str(POCKET)])
+        train.main([*command, "--model", str(tmp_path / "all" / "model")])
+        assert len(recorded.metrics(tmp_path / "all" / "run")) == 4
+    finally:
+        model.with_name("elsewhere").rename(model)
+
+
 def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(stopped_run[0], tmp_path / "run")
     count, now = torch.get_num_threads(), checkpoint.versions()
