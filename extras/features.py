@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from checkpoint import weights_hash
 from env import GAMES
 from families import base_view, encode_images
 from loading import POCKET, load_model
@@ -63,7 +64,7 @@ class FeaturePolicy(nn.Module):
             for zero in (self.wide.bias, self.narrow.weight, self.narrow.bias):
                 zero.zero_()
         self.value_head = ValueHead(size, generator)
-        self.device = torch.device("cpu")
+        self.device, self.base_hash = torch.device("cpu"), weights_hash(POCKET)
 
     def trainable(self):
         """[(name, parameter)] that learn: all of them."""
