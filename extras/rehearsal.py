@@ -125,13 +125,13 @@ def rehearse(folder, full):
     figures = {"shape": "32 layers" if full else "2 of 32 layers", "bits": 4, **machine(device)}
     figures["weights_gib"] = write_checkpoint(model, full) / 2**30
     figures["written_s"] = round(time.perf_counter() - begun, 1)
-    small = ["--num-envs", 2, "--num-steps", 2, "--total-timesteps", 8, "--update-epochs", 2, "--minibatch-size", 4,
-             "--max-new-tokens", 24, "--eval-episodes", 0]
+    small = ["--num-envs", 2, "--num-steps", 1, "--total-timesteps", 4, "--update-epochs", 2, "--minibatch-size", 2,
+             "--micro-batch-size", 2, "--max-new-tokens", 16, "--eval-episodes", 0]
     rl = ["--task", "blackjack", "--model", folder / "sft", "--bits", 4, *small]
     alone, killed = folder / "alone", folder / "killed"
     stages = figures["stages"] = {}
     stages["sft"] = run_stage("sft", ["--task", "blackjack", "--model", model, "--bits", 4, "--steps", 2,
-                                      "--batch-size", 4, "--out", folder / "sft"])
+                                      "--batch-size", 2, "--out", folder / "sft"])
     stages["train"] = run_stage("train", [*rl, "--out", alone])
     stages["train, killed after its first update"] = run_stage(
         "train", [*rl, "--out", killed], stop=lambda: (killed / "checkpoint-000001").exists())
