@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from checkpoint import check, weights_hash
 from errors import FOREIGN, ModelError, foreign
 from families import FAMILIES, load_processor
 from lora import adapter_settings, base_name
+from manifest import check, weights_hash
 from memory import check_weights, choose, free_bytes, prompt_size, said_of_memory
 from settings import Settings
 
@@ -102,7 +102,7 @@ class Loaded(Found):
     """The same with the model and its processor."""
     model: nn.Module
     processor: object
-    weights_hash: str = None        # of the base (checkpoint.weights_hash)
+    weights_hash: str = None        # of the base (manifest.weights_hash)
 
 
 def find_model(model="auto", bits="auto", settings=None) -> Found:

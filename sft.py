@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import (
-    check,
     checkpoints,
     held_back_interrupt,
     load_optimizer,
@@ -40,7 +39,6 @@ from checkpoint import (
     replace_checkpoint,
     save_optimizer,
     to_disk,
-    write_manifest,
     write_whole,
 )
 from env import GAMES
@@ -49,6 +47,7 @@ from families import PARTS, save_processor
 from games.expert import expert_action, thoughts
 from loading import is_small, open_model
 from lora import adapter_settings, save_adapters
+from manifest import check, write_manifest
 from parse import make_answer, make_prompt
 from policy import Policy
 from settings import ModelSettings, Settings, fill_in, read_settings, setting, take_up

@@ -47,6 +47,7 @@ import eval as evaluation
 import families
 import loading
 import lora
+import manifest
 import memory
 import parallel
 import parse
@@ -1902,13 +1903,13 @@ def test_a_base_model_that_changed_is_noticed(stopped_run, tmp_path):
         weights.write_bytes(kept)
     big = tmp_path / "model.safetensors"
     big.write_bytes(bytes(3000))
-    whole, checkpoint.WHOLE = checkpoint.weights_hash(tmp_path), 1000
+    whole, manifest.WHOLE = manifest.weights_hash(tmp_path), 1000
     try:
-        before = checkpoint.weights_hash(tmp_path)
+        before = manifest.weights_hash(tmp_path)
         big.write_bytes(bytes(1500) + b"1" + bytes(1499))
-        assert before != whole and checkpoint.weights_hash(tmp_path) != before
+        assert before != whole and manifest.weights_hash(tmp_path) != before
     finally:
-        checkpoint.WHOLE = 64 * 2**20
+        manifest.WHOLE = 64 * 2**20
 
 
 def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
@@ -1930,10 +1931,10 @@ def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
 
 def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(stopped_run[0], tmp_path / "run")
-    count, now = torch.get_num_threads(), checkpoint.versions()
+    count, now = torch.get_num_threads(), manifest.versions()
     for left in ("checkpoint-000001.gone", "checkpoint-000003.part"):
         (tmp_path / "run" / left).mkdir()
-    monkeypatch.setattr(checkpoint, "versions", lambda: now | {"threads": count + 1, "torch": "9.0"})
+    monkeypatch.setattr(manifest, "versions", lambda: now | {"threads": count + 1, "torch": "9.0"})
     train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
     said = capsys.readouterr().err
     assert f"threads {count} → {count + 1}" in said and "→ 9.0" in said and "code" not in said

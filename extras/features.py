@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint import weights_hash
 from env import GAMES
 from families import base_view, encode_images
 from loading import POCKET, load_model
+from manifest import weights_hash
 from policy import Prompt, ValueHead
 from settings import Settings, fill_in, fixed, read_settings, setting
 from sft import demonstrations, mixed
