@@ -30,6 +30,7 @@ from policy import PREFILL_TOKENS
 from settings import fill_in
 
 ANSWER_TOKENS = 100                 # what an answer is taken to be long; the experts' are 34 to 63 of Mistral's tokens
+COUNTED = {}                        # what count has found, a second each: plans for several bits need the same
 MARGIN = 1.15                       # what is free should be so many times the plan, for all that is not counted
 
 
@@ -85,22 +86,17 @@ def memory_plan(config, settings, size) -> dict[str, int]:
     """
     settings, (prompt_tokens, patches) = copy.copy(settings), size
     fill_in(settings, small=False)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-        head = model.get_output_embeddings()
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-        weights = sum(module.weight.numel() for module in linear)
-        others = sum(parameter.numel() for parameter in model.parameters()) - weights
-        layers = add_lora(model, settings.rank, 2 * settings.rank, settings.target_modules or tuple(PARTS), None)
+    length = prompt_tokens + ANSWER_TOKENS
+    linear, others, adapters, kept_by_language = count(
+        config, settings.rank, settings.target_modules or tuple(PARTS), settings.micro_batch_size, length)
     text, vision = config.get_text_config(), config.vision_config
     bits, batch = int(settings.bits), settings.micro_batch_size
     value_head = (text.hidden_size + 1) * 1024 + 1025 * 512 + 513
-    learning = 4 * (sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values()) + value_head)
-    length = prompt_tokens + ANSWER_TOKENS
+    learning = 4 * (adapters + value_head)
     # a vision layer keeps as much of a token and channel as one of the language model's: an estimate
     seen = (1 + patches * _first(vision, "num_hidden_layers", "depth") * _first(vision, "embed_dim", "hidden_size")
             / (length * text.num_hidden_layers * text.hidden_size))
-    whole, again = seen * kept_for_backward(model, batch, length), 0
+    whole, again = seen * kept_by_language, 0
     kept = whole
     if every := settings.gradient_checkpointing:
         # of every n-th layer the input alone is kept and the rest computed again; the other layers keep all
@@ -110,7 +106,7 @@ def memory_plan(config, settings, size) -> dict[str, int]:
         _first(text, "head_dim") or text.hidden_size // text.num_attention_heads)
     prefill = min(settings.play_batch_size, max(1, PREFILL_TOKENS // prompt_tokens))
     return {
-        "weights": sum(nf4_bytes(module.weight.numel()) for module in linear) if bits == 4 else weights * bits // 8,
+        "weights": sum(map(nf4_bytes, linear)) if bits == 4 else sum(linear) * bits // 8,
         "weights that are never quantised": others * max(bits, 16) // 8,
         "adapters and value head, fp32": learning,
         "their gradients": learning,
@@ -135,6 +131,22 @@ def said_of_memory(folder, plan, free) -> str:
         needed += (f" ({'it will hardly fit' if peak(plan) > free else 'tight'}: lower --micro-batch-size, "
                    "--play-batch-size or --rank if memory runs out)")
     return size + needed
+
+
+def count(config, rank, target_modules, samples, length):
+    """(weights of each linear layer but the head, all other weights, adapters' weights, kept_for_backward's bytes)."""
+    key = config.to_json_string(), rank, target_modules, samples, length
+    if key not in COUNTED:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+            head = model.get_output_embeddings()
+            linear = [module.weight.numel() for module in model.modules()
+                      if isinstance(module, nn.Linear) and module is not head]
+            others = sum(parameter.numel() for parameter in model.parameters()) - sum(linear)
+            layers = add_lora(model, rank, 2 * rank, target_modules, None)
+        adapters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
+        COUNTED[key] = linear, others, adapters, kept_for_backward(model, samples, length)
+    return COUNTED[key]
 
 
 def prompt_size(config, processor, task, cot=True):

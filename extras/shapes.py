@@ -9,6 +9,7 @@ Speed and memory do not hang on the weights' values; extras/bench.py measures th
 one token a byte, more than the real tokenizer's. Does not handle: real checkpoints (loading.load_model).
 """
 
+import functools
 from importlib import resources
 
 import torch
@@ -35,6 +36,7 @@ MISTRAL_TEMPLATE = (
     "{% else %} {% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s> {% endif %}{% endfor %}")
 
 
+@functools.cache
 def byte_processor():
     """A processor for 336-pixel pictures whose tokenizer has no merges: a token a byte, and four special ones."""
     return pocket.make_processor(pocket.make_tokenizer(vocabulary=260), side=336, patch=14)
