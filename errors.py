@@ -51,6 +51,17 @@ def foreign(what, kinds=FOREIGN):
 
 
 @contextlib.contextmanager
+def unheard():
+    """Print in here for whoever listens: once nobody reads any more (| head -1) the rest goes nowhere, the run on."""
+    try:
+        yield
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
 def in_words(advice: Callable[[], str] = lambda: ""):
     """Run a command line: what a user can meet ends it with a sentence. advice: how to go on, asked when needed."""
     for stream in filter(None, (sys.stdout, sys.stderr)):   # a terminal without "→" gets \\u2192, not a traceback
@@ -71,7 +82,7 @@ def in_words(advice: Callable[[], str] = lambda: ""):
                  f"--bits 4{_then(advice)}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # nothing more can be said there
-        sys.exit(f"{program}: nobody reads the output any more (| head?){_then(advice)}")
+        sys.exit(f"{program}: nobody reads the output any more{_then(advice)}")
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         sys.exit(f"{program}: {'the disk is full; the last checkpoint is intact. Make room' if full else error}"

@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from errors import unheard
+
 
 def start():
     """Join the other processes, if torchrun started this one; each gets its own GPU where there are some."""
@@ -54,7 +56,8 @@ def wait():
 def say(text):
     """Print, on the first process alone."""
     if rank() == 0:
-        print(text, flush=True)
+        with unheard():
+            print(text, flush=True)
 
 
 def concat(values):

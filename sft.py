@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import parallel
 from checkpoint import (
     checkpoints,
     held_back_interrupt,
@@ -225,10 +226,10 @@ def _teach(settings, folder):
         if other:
             raise ModelError(f"{folder} holds another course's result ({', '.join(other)}): choose another --out")
         clean_up(folder)
-        print(f"{folder} is finished")
+        parallel.say(f"{folder} is finished")
         return
     loaded = open_model(settings.model, settings.bits, planned(settings))
-    print(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations", flush=True)
+    parallel.say(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations")
     if settings.full and (loaded.adapters or loaded.bits != "32"):
         raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
     small, adapters = is_small(loaded.model.config), {}
@@ -265,7 +266,7 @@ def _teach(settings, folder):
         os.replace(file, folder / file.name)
     to_disk(folder)                                         # before the checkpoints go
     clean_up(folder)
-    print(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
+    parallel.say(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
 
 
 def planned(settings):

@@ -1495,12 +1495,11 @@ def largest_ratio_error(policy, rollout, *batches, padded=True):
     return worst
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_ratio_is_one_in_bf16_at_depth(mistral, checkpointing):
+def test_ratio_is_one_in_bf16_at_depth(mistral):
     """16 layers, temperature 0.2, Mistral's pieces, sampled answers of many lengths: exactly 1 in whatever minibatch,
     and far from 1 in batches that are padded to their own longest."""
     model = mistral_model(mistral.processor, layers=16, side=56).to(torch.bfloat16)
-    agent = Policy(model, mistral.processor, rank=4, temperature=0.2, gradient_checkpointing=checkpointing)
+    agent = Policy(model, mistral.processor, rank=4, temperature=0.2, gradient_checkpointing=1)
     shake(agent, size=0.02)
     states = states_of("points24", 12)
     prompts = agent.encode([p for _, p, _ in states], [parse.make_prompt(g, i) for g, _, i in states])
@@ -1517,7 +1516,7 @@ def test_ratio_is_one_in_bf16_at_depth(mistral, checkpointing):
     rollout.advantages, rollout.returns = torch.ones(12), torch.zeros(12)
     optimizer = train.Run(Settings(task="points24", num_envs=4, lr=1e-4, value_lr=1e-4), agent).optimizer
     found = ppo.ppo_update(agent, optimizer, rollout, options, torch.Generator().manual_seed(1))
-    assert found["ratio_error"] == 0                                    # with gradients, too
+    assert found["ratio_error"] == 0                                    # with gradients and checkpointing, too
 
 
 @pytest.mark.parametrize("task", ["numberline", "ezpoints"])
@@ -1619,16 +1618,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_left_alone(tmp_path):
                                 stderr=subprocess.PIPE)
 
     alone = start("alone")                                              # on the other core
-    killed, metrics = 0, tmp_path / "killed" / "metrics.jsonl"
-    for wanted in (1, 3):                                               # kill once in the second update, once later
-        process = start("killed", *(["--resume"] if killed else []))
-        until = time.time() + 60
-        while time.time() < until and (len(metrics.read_text().splitlines()) if metrics.exists() else 0) < wanted:
-            time.sleep(0.01)
-        time.sleep(0.03 * wanted)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        killed += 1
+    metrics, process, until = tmp_path / "killed" / "metrics.jsonl", start("killed"), time.time() + 60
+    while time.time() < until and (len(metrics.read_text().splitlines()) if metrics.exists() else 0) < 2:
+        time.sleep(0.01)
+    time.sleep(0.05)                                                    # somewhere in the third update
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     last = start("killed", "--resume")
     for process in (alone, last):
         assert process.wait() == 0, process.stderr.read().decode()
@@ -2043,7 +2038,7 @@ def test_foreign_models_run_no_code_and_are_not_filled_up(tiny, tmp_path, monkey
 
 
 def test_what_a_terminal_cannot_show_and_a_closed_pipe_cost_nothing(tmp_path):
-    """In a subprocess without UTF-8, into a pipe that is closed: the first update is saved, and the run says so."""
+    """In a subprocess without UTF-8, into a pipe that is closed: the run goes on to its end."""
     out = tmp_path / "cost$^$2"
     command = [sys.executable, str(HERE / "train.py"), "--task", "numberline", "--model", "pocket", "--num-envs", "4",
                "--num-steps", "2", "--total-timesteps", "8", "--eval-episodes", "0", "--rank", "2", "--out", str(out)]
@@ -2051,9 +2046,8 @@ def test_what_a_terminal_cannot_show_and_a_closed_pipe_cost_nothing(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     process.stdout.close()
     said = process.stderr.read()
-    assert process.wait() == 1 and "nobody reads the output any more" in said and "Traceback" not in said, said
-    found = subprocess.run([*command, "--resume"], capture_output=True, env=environment, text=True)
-    assert found.returncode == 0 and (out / "checkpoint-000001").exists(), found.stderr
+    assert process.wait() == 0 and "Traceback" not in said, said
+    assert (out / "checkpoint-000001").exists() and (out / "curve.png").exists()
     script = "import errors\nwith errors.in_words():\n    print('a → b')"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, text=True, cwd=HERE)
     assert shown.stdout == "a \\u2192 b\n"
@@ -2276,7 +2270,7 @@ def test_the_7b_shape_and_its_memory_plan():
         assert 0.5 * row[0] < memory.MARGIN * memory.peak(plan) / 2**30 < row[0] - 1
 
     from bitsandbytes.nn import Linear4bit
-    processor = pocket.make_processor(pocket.make_tokenizer())
+    _, processor = load_model(str(POCKET))
     config = pocket.make_model(processor, hidden=64, vision_layers=1, text_layers=1).config
     small = shapes.random_model(config, torch.device("cpu"))
     stored = 0

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from env import GAMES
-from errors import ModelError, foreign, in_words
+from errors import ModelError, foreign, in_words, unheard
 from eval import evaluate, model_player
 from families import PARTS
 from loading import find_model, is_small, open_model
@@ -88,7 +88,8 @@ def train(run, folder, checkpoint=None):
             del rollout                                         # before the next one: kept image features are large
             if run.update % settings.save_every == 0 or run.update == settings.num_updates:
                 save(run, folder)                                                                       # save
-            show(run, folder, metrics, *sample, spent, bar)
+            with unheard():
+                show(run, folder, metrics, *sample, spent, bar)
     return held_out(run, "end", folder / "eval.json")
 
 
@@ -165,7 +166,7 @@ def held_out(run, when, path):
     with foreign(path):
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if (result.get("episodes"), result.get("seed")) != asked:       # else of this very policy: a run was resumed here
-        print(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …", flush=True)
+        parallel.say(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …")
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
         with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
@@ -173,9 +174,9 @@ def held_out(run, when, path):
                               settings.cot, watch=lambda picture, choice, episode: bar.update(choice is None))
         write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
-    print(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
-          f"answers parsed {100 * result['parse_rate']:.1f} %"
-          + (f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""))
+    read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
+    parallel.say(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
+                 f"answers parsed {100 * result['parse_rate']:.1f} %{read}")
     return result
 
 
@@ -212,8 +213,8 @@ def starting_model(settings):
         return settings.model
     folder = Path(settings.out) / "sft"
     if parallel.rank() == 0:
-        print(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), then RL; "
-              "the pocket model, which needs no GPU, is --model pocket", flush=True)
+        parallel.say(f"two stages: {settings.sft_steps} batches of supervised fine-tuning in {folder} (--sft-steps), "
+                     "then RL; the pocket model, which needs no GPU, is --model pocket")
         write_whole(folder.parent / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
         try:
             teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,

@@ -66,13 +66,13 @@ PIECES = Regex("|".join((
     ".")))
 
 
-def make_tokenizer(seed=0, vocabulary=640, image=("<image>",), **named):
+def make_tokenizer(seed=0, vocabulary=640, image=("<image>",), samples=1500, **named):
     """Train a byte-level BPE on the games' own prompts and answers: at most so many tokens, the same for a seed."""
     texts = []
     for task, cot in itertools.product(GAMES, (True, False)):
-        texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), 1500)
+        texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), samples)
                   for text in (d.prompt, d.answer)]
-        texts += [text for d in itertools.islice(captions(task, seed), 300) for text in (d.prompt, d.answer)]
+        texts += [text for d in itertools.islice(captions(task, seed), samples // 5) for text in (d.prompt, d.answer)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
