@@ -93,7 +93,7 @@ class Found:
     folder: str             # what transformers loads the base from: a folder or a hub name
     config: object          # transformers' configuration of it
     device: str
-    checkpointing: int | None       # gradient_checkpointing that fits the GPU's free memory; None where all does
+    checkpointing: int | None       # gradient_checkpointing by memory.choose; None on a CPU and for a small model
     why: str                # what to tell the user of it
 
 
@@ -138,7 +138,7 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
         settings = copy.copy(settings) if settings else Settings(task="blackjack")
         settings.bits = bits
         if adapters:
-            vars(settings).update({name: adapter_settings(adapters)[name] for name in ("rank", "target_modules")})
+            vars(settings).update({key: adapter_settings(adapters)[key] for key in ("rank", "target_modules")})
         size, free = prompt_size(config, _processor(folder), settings.task, settings.cot), free_bytes(device)
         bits, checkpointing, plan = choose(config, settings, size, free)
         memory = said_of_memory(folder, plan, free)

@@ -2038,7 +2038,7 @@ def test_foreign_models_run_no_code_and_are_not_filled_up(tiny, tmp_path, monkey
 
 
 def test_what_a_terminal_cannot_show_and_a_closed_pipe_cost_nothing(tmp_path):
-    """In a subprocess without UTF-8, into a pipe that is closed: the run goes on to its end."""
+    """In a subprocess without UTF-8, into a pipe that nobody reads: the run goes on to its end."""
     out = tmp_path / "cost$^$2"
     command = [sys.executable, str(HERE / "train.py"), "--task", "numberline", "--model", "pocket", "--num-envs", "4",
                "--num-steps", "2", "--total-timesteps", "8", "--eval-episodes", "0", "--rank", "2", "--out", str(out)]

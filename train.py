@@ -200,7 +200,10 @@ def draw_curve(folder):
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 def starting_model(settings):
-    """The paper's first stage, where plain large weights need it; return the name of the model that RL starts from."""
+    """Return the name of the model that RL starts from: --model's, or the first stage's result where that is needed.
+
+    Fills in what "auto" stood for. The first stage is the paper's: plain large weights are taught the format.
+    """
     found = find_model(settings.model, settings.bits, settings)
     parallel.say(f"model: {found.why}")
     settings.model = found.name
