@@ -29,16 +29,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import newest_checkpoint
 from env import GAMES
-from errors import ModelError, foreign, in_words
 from games.expert import best_actions, continuations, expert_action, plan_right, planned, reads_right
-from loading import is_small, open_model
-from lora import adapter_settings
-from manifest import check
+from plumbing.checkpoint import newest_checkpoint
+from plumbing.errors import ModelError, foreign, in_words
+from plumbing.manifest import check
+from plumbing.settings import Settings, add_flags, default_of
 from policy import Policy
 from rollout import Choice, act
-from settings import Settings, add_flags, default_of
+from vlm.loading import is_small, open_model
+from vlm.lora import adapter_settings
 
 
 # ---- players --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ tokens, D hidden size, V vocabulary, N games, L steps of each, S = L × N sample
 
 Differs from the published code: one function scores old, new and supervised answers; one view of the picture goes in
 (I = 576 for LLaVA-1.6, as there), but through transformers' own models; no dropout anywhere, so that rollout and update
-see the same network. Does not handle: what differs between models (families.py), loading them (loading.py), the
-adapters themselves (lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
+see the same network. Does not handle: what differs between models (vlm/families.py), loading them (vlm/loading.py), the
+adapters themselves (vlm/lora.py), what the text means (parse.py), learning (ppo.py, sft.py).
 """
 
 import math
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from errors import foreign
-from families import PARTS, Family
-from lora import add_lora, load_adapters, save_adapters
+from plumbing.errors import foreign
+from vlm.families import PARTS, Family
+from vlm.lora import add_lora, load_adapters, save_adapters
 
 PREFILL_TOKENS = 8192       # prompts are read in groups of at most so many tokens, for memory; decoding takes them all
 

@@ -10,7 +10,7 @@ Does not handle: playing (rollout.py), scoring tokens (policy.py), several optim
 
 import torch
 
-import parallel
+from plumbing import parallel
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import parallel
 from games.expert import reads_right
 from parse import choose, json_closed, make_prompt
+from plumbing import parallel
 from ppo import answer_logprob, explained_variance, gae
 
 

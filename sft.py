@@ -30,8 +30,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import parallel
-from checkpoint import (
+from env import GAMES
+from games.expert import expert_action, thoughts
+from parse import make_answer, make_prompt
+from plumbing import parallel
+from plumbing.checkpoint import (
     checkpoints,
     held_back_interrupt,
     load_optimizer,
@@ -42,16 +45,13 @@ from checkpoint import (
     to_disk,
     write_whole,
 )
-from env import GAMES
-from errors import ModelError, foreign, in_words
-from families import PARTS, save_processor
-from games.expert import expert_action, thoughts
-from loading import is_small, open_model
-from lora import adapter_settings, save_adapters
-from manifest import check, write_manifest
-from parse import make_answer, make_prompt
+from plumbing.errors import ModelError, foreign, in_words
+from plumbing.manifest import check, write_manifest
+from plumbing.settings import ModelSettings, Settings, fill_in, read_settings, setting, take_up
 from policy import Policy
-from settings import ModelSettings, Settings, fill_in, read_settings, setting, take_up
+from vlm.families import PARTS, save_processor
+from vlm.loading import is_small, open_model
+from vlm.lora import adapter_settings, save_adapters
 
 
 @dataclass

@@ -5,7 +5,7 @@
     python train.py --task points24 --out runs/p24 --resume
 
 `train` below is the loop: play, score, advantages, update, record, save. On one machine's CPU, a seed and the numbers
-of threads and processes (torchrun, parallel.py) fix a run bit for bit, and a run killed at any moment and
+of threads and processes (torchrun, plumbing/parallel.py) fix a run bit for bit, and a run killed at any moment and
 resumed ends as the run that was left alone: metrics.jsonl too, byte for byte (the clock is in timing.jsonl).
 Does not handle: several tasks at once.
 """
@@ -26,23 +26,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
-from checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from env import GAMES
-from errors import ModelError, foreign, in_words, unheard
 from eval import evaluate, model_player
-from families import PARTS
-from loading import find_model, is_small, open_model
-from lora import adapter_settings
+from plumbing import parallel
+from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
+from plumbing.errors import ModelError, foreign, in_words, unheard
+from plumbing.settings import Settings, default_of, fill_in, read_settings, take_up
 from policy import Policy
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from settings import Settings, default_of, fill_in, read_settings, take_up
 from sft import SFTSettings, teach
+from vlm.families import PARTS
+from vlm.loading import find_model, is_small, open_model
+from vlm.lora import adapter_settings
 
 
 class Run:
-    """All that a run's future depends on: policy, optimiser, games, generators, counter (kept by checkpoint.py)."""
+    """All that a run's future depends on: policy, optimiser, games, generators, counter (plumbing/checkpoint.py)."""
 
     def __init__(self, settings, policy):
         self.settings, self.policy, self.update = settings, policy, 0

@@ -25,14 +25,14 @@ from env import GAMES
 from extras.machine import machine, matmul_rate, memory_now, peak_memory, seconds
 from extras.published import compare
 from extras.shapes import byte_processor, llava_7b_config, random_model
-from families import part_of_path
-from loading import Loaded, ModelError
-from lora import LoRALinear
-from memory import memory_plan, peak, prompt_size
+from plumbing.settings import Settings, add_flags
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout
-from settings import Settings, add_flags
 from train import Run, make_policy
+from vlm.families import part_of_path
+from vlm.loading import Loaded, ModelError
+from vlm.lora import LoRALinear
+from vlm.memory import memory_plan, peak, prompt_size
 
 RANDOM_7B = "llava-7b-random"
 FLAGS = ("num_envs", "num_steps", "bits", "gradient_checkpointing", "micro_batch_size", "play_batch_size")

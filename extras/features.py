@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from env import GAMES
-from families import base_view, encode_images
-from loading import POCKET, load_model
-from manifest import weights_hash
+from plumbing.manifest import weights_hash
+from plumbing.settings import Settings, fill_in, fixed, read_settings, setting
 from policy import Prompt, ValueHead
-from settings import Settings, fill_in, fixed, read_settings, setting
 from sft import demonstrations, mixed
 from train import launch
+from vlm.families import base_view, encode_images
+from vlm.loading import POCKET, load_model
 
 
 @dataclass

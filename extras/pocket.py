@@ -31,14 +31,14 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from checkpoint import part_of, put_in_place
 from env import GAMES
-from families import save_processor, without_video
 from games.expert import reading
-from loading import load_model
 from parse import make_answer
+from plumbing.checkpoint import part_of, put_in_place
 from policy import Policy
 from sft import Demonstration, demonstrations, finetune, mixed
+from vlm.families import save_processor, without_video
+from vlm.loading import load_model
 
 SIDE, PATCH = 120, 24                       # a picture becomes 5 × 5 image tokens
 HIDDEN, HEADS, VISION_LAYERS, TEXT_LAYERS = 128, 4, 3, 2

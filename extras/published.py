@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from extras.machine import seconds
-from settings import Settings
+from plumbing.settings import Settings
 
 
 def published_update(run, rollout, samples, longest):

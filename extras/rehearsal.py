@@ -27,9 +27,9 @@ from transformers import LlavaNextForConditionalGeneration
 import eval as evaluation
 import sft
 import train
-from checkpoint import checkpoints
 from extras.machine import machine, peak_memory
 from extras.shapes import llava_7b_config, mistral_processor
+from plumbing.checkpoint import checkpoints
 
 SHARD = 4 * 2**30               # bytes of a file, about
 # the names that published checkpoints of LLaVA-NeXT have, by transformers' present ones

@@ -1,6 +1,6 @@
 """Shapes of published models without their download: configurations, random weights, what training them takes.
 
-    python -m extras.shapes                                 # the README's table: which model on which GPU, by memory.py
+    python -m extras.shapes                                 # the README's table: which model on which GPU
 
     processor = byte_processor()
     model = random_model(llava_7b_config(processor), torch.device("cuda"), bits="4")
@@ -25,8 +25,8 @@ from transformers import (
 from transformers.tokenization_utils_base import generate_merges
 
 from extras import pocket
-from memory import choose, peak
-from settings import Settings
+from plumbing.settings import Settings
+from vlm.memory import choose, peak
 
 # LLaVA-1.6-Mistral's turns: what the user says stands in [INST] … [/INST], the picture first
 MISTRAL_TEMPLATE = (

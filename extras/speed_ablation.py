@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import rollout
 from extras import bench
 from extras.machine import machine
-from loading import open_model
-from lora import LoRALinear
+from plumbing.settings import Settings
 from policy import Policy
-from settings import Settings
 from train import Run, make_policy
+from vlm.loading import open_model
+from vlm.lora import LoRALinear
 
 
 # ---- the ways it is not done -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of other families of chat VLMs, in their own file layout: what the tests run families.py on.
+"""Tiny random checkpoints of other families of chat VLMs, in their own file layout: for vlm/families.py's tests.
 
     make("qwen3_vl", "runs/tiny-qwen3")                     # a folder for load_model: some 300,000 weights, no training
 
@@ -45,7 +45,7 @@ from transformers.models.llava_onevision import image_processing_pil_llava_onevi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-import families
+from vlm import families
 
 TEMPLATE = ("{{% for message in messages %}}[{{{{ message['role'] }}}}]{{% for part in message['content'] %}}"
             "{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"

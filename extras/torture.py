@@ -2,10 +2,12 @@
 
     python -m extras.torture                                # a table, and one JSON object as the last line
     python -m extras.torture --kills 200 --answers 1000000
+    python -m extras.torture --every 9 --kills 3            # a share of it, as test_all.py takes it
 
 A tiny random model trains on NumberLine in forked processes that die: at each call that writes, and at random moments;
-or whose disk is full at each such call. Each is resumed and must end, byte for byte, as the run that was left alone.
-Every file of a checkpoint gets flipped bits, and must be refused. test_all.py holds a small share of this.
+or whose disk is full at each such call; or that are two, as torchrun starts them, one of which dies. Each run is
+resumed and must end, byte for byte, as the run that was left alone. Every file of a checkpoint gets flipped bits, and
+must be refused.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -25,13 +28,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import lora
 import policy
 import train
 from extras import pocket
-from loading import POCKET, load_model
 from parse import json_closed, parse
+from plumbing import checkpoint
+from vlm import lora
+from vlm.loading import POCKET, load_model
 
 WRITES = ((checkpoint, "save_file"), (policy, "save_file"), (lora, "save_file"), (checkpoint.os, "replace"),
           (checkpoint.os, "fsync"), (Path, "write_text"), (checkpoint.shutil, "rmtree"), (train, "append_line"),
@@ -97,56 +100,61 @@ def no_space():
     raise OSError(28, "No space left on device")
 
 
+def several(arguments, count):
+    """`count` children that learn together, as torchrun starts them; one alone where count is 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [child(arguments, lambda rank=str(rank): count > 1 and os.environ.update(names, RANK=rank, LOCAL_RANK=rank))
+            for rank in range(count)]
+
+
 def outcome(run):
     """The bytes that a run must end with."""
-    names = ("metrics.jsonl", "transcripts.jsonl", "adapter_model.safetensors", "value_head.safetensors",
-             "optimizer.safetensors", "generators0.safetensors", "process0.json")
-    last = checkpoint.newest_checkpoint(run)
-    return [((last if (last / name).exists() else run) / name).read_bytes() for name in names]
+    return [file.read_bytes() for file in (run / "metrics.jsonl", run / "transcripts.jsonl",
+                                           *sorted(checkpoint.newest_checkpoint(run).iterdir()))]
 
 
-def interrupted(command, folder, expected, sabotage):
-    """One run that is sabotaged in a child, then resumed: (whether it was, whether it then ended as expected)."""
-    process, said = child([*command, "--out", str(folder)], sabotage)
-    status, text = ended(process, said)
-    return status != 0, _goes_on(command, folder, expected) and "Traceback" not in text
-
-
-def _goes_on(command, folder, expected):
-    status, text = ended(*child([*command, "--out", str(folder), "--resume"]))
+def goes_on(command, folder, expected, count=1):
+    """Whether a run that was cut off, when it is resumed, ends as expected and leaves nothing half written."""
+    results = [ended(*one) for one in several([*command, "--out", str(folder), "--resume"], count)]
     left = [path.name for path in folder.iterdir() if path.name.endswith((".part", ".gone"))]
-    same = status == 0 and outcome(folder) == expected and not left
+    same = not any(status for status, _ in results) and outcome(folder) == expected and not left
     if not same:
-        print(f"{folder}: {text[-500:]} {left}", file=sys.stderr)
+        print(f"{folder}: {[text[-500:] for _, text in results]} {left}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     return same
 
 
-def torture_writes(command, folder, expected, what):
-    """Every call that writes, in turn: (tried, ended as the run left alone)."""
+def torture_writes(command, folder, expected, what, every):
+    """Every so many-th call that writes, in turn: (tried, ended as the run left alone)."""
     tried = held = 0
-    for number in itertools.count():
-        was, same = interrupted(command, folder / f"write-{number}", expected, lambda n=number: at_write(n, what))
-        if not was:
+    for number in itertools.count(0, every):
+        run = folder / f"write-{number}"
+        status, text = ended(*child([*command, "--out", str(run)], lambda n=number: at_write(n, what)))
+        same = goes_on(command, run, expected) and "Traceback" not in text
+        if status == 0:
             return tried, held                              # there is no such call any more
         tried, held = tried + 1, held + same
-    return tried, held
 
 
-def torture_kills(command, folder, expected, count, seconds, generator):
-    """Random moments: (tried, ended as the run left alone)."""
+def torture_kills(command, folder, expected, tries, seconds, generator, count=1):
+    """One of the processes at a random moment; the others end too: (tried, ended as the run left alone)."""
     tried = held = 0
-    for number in range(count):
-        run = folder / f"kill-{number}"
-        process, said = child([*command, "--out", str(run)])
+    for number in range(tries):
+        run = folder / f"kill-{count}-{number}"
+        processes = several([*command, "--out", str(run)], count)
         time.sleep(generator.random() * seconds)
-        os.kill(process, signal.SIGKILL)
-        if ended(process, said)[0]:                         # else it came too late
-            tried, held = tried + 1, held + _goes_on(command, run, expected)
+        os.kill(generator.choice(processes)[0], signal.SIGKILL)
+        results = [ended(*one) for one in processes]
+        if any(status for status, _ in results):            # else it came too late
+            same = goes_on(command, run, expected, count)
+            tried, held = tried + 1, held + (same and not any("Traceback" in text for _, text in results))
     return tried, held
 
 
-def torture_damage(command, folder, run, generator, flips=5):
+def torture_damage(command, run, generator, flips=5):
     """A bit flipped in each file of a checkpoint, some times each: (tried, refused)."""
     tried = refused = 0
     for file in sorted(checkpoint.newest_checkpoint(run).iterdir()):
@@ -175,6 +183,7 @@ def main(arguments=None):
     options = make_parser().parse_args(arguments)
     torch.set_num_threads(1)
     generator, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="torture-"))
+    expected, seconds = {}, {}
     begun, rows = time.perf_counter(), {}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -182,18 +191,21 @@ def main(arguments=None):
         command = ["--task", "numberline", "--model", str(folder / "model"), "--sft-steps", "0", "--rank", "2",
                    "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "16", "--max-new-tokens", "4",
                    "--minibatch-size", "8", "--eval-episodes", "0"]
-        started = time.perf_counter()
-        status, text = ended(*child([*command, "--out", str(folder / "alone")]))
-        seconds = time.perf_counter() - started
-        if status:
-            sys.exit(f"the run left alone failed: {text}")
-        expected = outcome(folder / "alone")
-        rows["killed at each call that writes, resumed"] = torture_writes(command, folder, expected, die)
-        rows["disk full at each call that writes, resumed"] = torture_writes(command, folder, expected, no_space)
-        rows["killed at a random moment, resumed"] = torture_kills(command, folder, expected, options.kills, seconds,
-                                                                  generator)
-        rows["one bit of a checkpoint's file flipped, refused"] = torture_damage(command, folder, folder / "alone",
-                                                                                 generator)
+        for count in (1, 2):
+            started, alone = time.perf_counter(), folder / f"alone-{count}"
+            for status, text in [ended(*one) for one in several([*command, "--out", str(alone)], count)]:
+                if status:
+                    sys.exit(f"the run left alone failed: {text}")
+            expected[count], seconds[count] = outcome(alone), time.perf_counter() - started
+        rows["killed at each call that writes, resumed"] = torture_writes(command, folder, expected[1], die,
+                                                                          options.every)
+        rows["disk full at each call that writes, resumed"] = torture_writes(command, folder, expected[1], no_space,
+                                                                             options.every)
+        for count, name in (1, "killed at a random moment, resumed"), (2, "one of two processes killed, both resumed"):
+            rows[name] = torture_kills(command, folder, expected[count], options.kills, seconds[count], generator,
+                                       count)
+        rows["one bit of a checkpoint's file flipped, refused"] = torture_damage(command, folder / "alone-1",
+                                                                                 generator, options.flips)
         rows["hostile answers, read"] = torture_answers(options.answers, generator)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -209,6 +221,8 @@ def main(arguments=None):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="at random moments")
+    parser.add_argument("--every", type=int, default=1, help="of the calls that write, each so many-th")
+    parser.add_argument("--flips", type=int, default=5, help="flipped bits a file")
     parser.add_argument("--answers", type=int, default=100_000, help="hostile strings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")

@@ -7,6 +7,7 @@ copies stay equal. Without torchrun there is one process and every function here
 must come to each call. Does not handle: several machines' file systems, sharded weights.
 """
 
+import contextlib
 import os
 import sys
 from datetime import timedelta
@@ -14,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import unheard
+from plumbing.errors import unheard
 
 
 def start():
@@ -47,10 +48,20 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextlib.contextmanager
+def together():
+    """A call that all processes make; where one of them has ended, say so and end too."""
+    try:
+        yield
+    except RuntimeError as error:                           # gloo and NCCL have no class of their own for it
+        sys.exit(f"process {rank()} lost the others; if one of them has ended, it said why: {error}")
+
+
 def wait():
     """Return when every process has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        with together():
+            dist.barrier()
 
 
 def say(text):
@@ -69,11 +80,12 @@ def concat(values):
     if not dist.is_initialized():
         return values
     lengths = torch.eye(size(), dtype=torch.long)[rank()] * len(values)
-    dist.all_reduce(lengths)
-    padded = torch.zeros(lengths.max(), *values.shape[1:], dtype=values.dtype)
-    padded[:len(values)] = values
-    parts = [torch.zeros_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    with together():
+        dist.all_reduce(lengths)
+        padded = torch.zeros(lengths.max(), *values.shape[1:], dtype=values.dtype)
+        padded[:len(values)] = values
+        parts = [torch.zeros_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist())])
 
 
@@ -86,8 +98,9 @@ def average(parameters, numbers):
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    for tensor in (flat, numbers):
-        dist.all_reduce(tensor)
-        tensor /= size()
+    with together():
+        for tensor in (flat, numbers):
+            dist.all_reduce(tensor)
+            tensor /= size()
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(mean.view_as(gradient))

@@ -14,10 +14,10 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import parallel
 from env import GAMES
-from errors import ModelError, foreign
-from families import PARTS
+from plumbing import parallel
+from plumbing.errors import ModelError, foreign
+from vlm.families import PARTS
 
 # The formula games pay 10, the others 1: scaled, all returns are about 1, which value_lr and advantage_floor are for.
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
@@ -38,7 +38,7 @@ def fixed(default):
 class ModelSettings:
     """What supervised fine-tuning and RL share."""
     task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(GAMES))
-    model: str = setting("auto", "auto, pocket, a hub name, a folder (chat VLMs: families.py), or adapters")
+    model: str = setting("auto", "auto, pocket, a hub name, a folder (chat VLMs: vlm/families.py), or adapters")
     bits: str = setting("auto", "of the frozen weights; auto: 32 on a CPU, 16 on a GPU with room, else 4",
                         choices=("auto", "4", "16", "32"))
     rank: int = setting(None, "of the LoRA adapters, r; α = 2 r as in the paper", small=32, large=128)

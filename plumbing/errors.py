@@ -36,7 +36,7 @@ def foreign(what, kinds=FOREIGN):
     >>> with foreign("config.json"):
     ...     {}["r"]
     Traceback (most recent call last):
-    errors.ModelError: config.json cannot be used: it lacks 'r'
+    plumbing.errors.ModelError: config.json cannot be used: it lacks 'r'
     """
     try:
         yield

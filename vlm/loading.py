@@ -17,15 +17,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from errors import FOREIGN, ModelError, foreign
-from families import FAMILIES, load_processor
-from lora import adapter_settings, base_name
-from manifest import check, weights_hash
-from memory import check_weights, choose, free_bytes, prompt_size, said_of_memory
-from settings import Settings
+from plumbing.errors import FOREIGN, ModelError, foreign
+from plumbing.manifest import check, weights_hash
+from plumbing.settings import Settings
+from vlm.families import FAMILIES, load_processor
+from vlm.lora import adapter_settings, base_name
+from vlm.memory import check_weights, choose, free_bytes, prompt_size, said_of_memory
 
 LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
-POCKET = Path(__file__).parent / "checkpoints" / "pocket"
+POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
 
 
 def load_model(name: str, bits=32, device="cpu"):

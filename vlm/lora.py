@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from errors import foreign
-from families import PARTS, part_of_path
+from plumbing.errors import foreign
+from vlm.families import PARTS, part_of_path
 
 
 class LoRALinear(nn.Module):

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from errors import ModelError, foreign
+from plumbing.errors import ModelError, foreign
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from env import GAMES
-from errors import ModelError
-from families import PARTS, Family
-from lora import add_lora
 from parse import make_prompt
+from plumbing.errors import ModelError
+from plumbing.settings import fill_in
 from policy import PREFILL_TOKENS
-from settings import fill_in
+from vlm.families import PARTS, Family
+from vlm.lora import add_lora
 
 ANSWER_TOKENS = 100                 # what an answer is taken to be long; the experts' are 34 to 63 of Mistral's tokens
 COUNTED = {}                        # what count has found, a second each: plans for several bits need the same

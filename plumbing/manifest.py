@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 import transformers
 
-import parallel
-from errors import ModelError, foreign
+from plumbing import parallel
+from plumbing.errors import ModelError, foreign
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+CODE = ("*.py", "games/*.py", "vlm/*.py", "plumbing/*.py")
 WHOLE = 64 * 2**20              # weights' files up to this size are hashed whole, larger ones at 64 places
 
 
 def versions():
     """What bits hang on beside the settings."""
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*HERE.glob("*.py"), *HERE.glob("games/*.py")])
+    code = hashlib.sha256(b"".join(file.read_bytes() for pattern in CODE for file in sorted(ROOT.glob(pattern))
                                    if file.name != "test_all.py"))
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "code": code.hexdigest()[:12], "threads": torch.get_num_threads()}

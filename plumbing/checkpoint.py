@@ -20,9 +20,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-import parallel
-from errors import ModelError, foreign
-from manifest import check, plain, write_manifest
+from plumbing import parallel
+from plumbing.errors import ModelError, foreign
+from plumbing.manifest import check, plain, write_manifest
 
 
 # ---- files that are whole or not there ------------------------------------------------------------------------------
