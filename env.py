@@ -21,8 +21,8 @@ from games.draw import RANKS, SUITS
 from games.formula import is_right, solutions
 
 
-class CardGame(gymnasium.Env):
-    """What the four games share: seeding, step counting, success, saved states.
+class Game(gymnasium.Env):
+    """What all games share: seeding, step counting, success, saved states.
 
     A game sets `description`, `actions` and `fields` (its state, plain JSON values) and writes `_deal`, `_play`,
     `_info`, `_draw` and `_is_possible` (whether its fields' values can be); `state_text(info)` is what of its state
@@ -34,6 +34,8 @@ class CardGame(gymnasium.Env):
     actions = ()
     fields = ()
     max_steps = None            # the episode is truncated after this many steps
+    separator = " "             # between the actions in a prompt
+    unnamed_reward = 0.0        # for an answer that names no action (rollout.py)
 
     def __init__(self, render_mode=None):
         if render_mode not in (None, "rgb_array"):
@@ -72,9 +74,11 @@ class CardGame(gymnasium.Env):
     def observe(self):
         """(picture, info) of the present state: what reset and step return, to be had again after set_state."""
         info = {key: list(value) if isinstance(value, list) else value for key, value in self._info().items()}
-        # The paper's measure; a drawn Blackjack is no success. At every step, for wrappers may end an episode early.
-        info["is_success"] = self.episode_return > 0
+        info["is_success"] = self._is_success()         # at every step, for wrappers may end an episode early
         return self._draw(), info
+
+    def _is_success(self):
+        return self.episode_return > 0                  # the paper's measure; a drawn Blackjack is no success
 
     def render(self):
         if not hasattr(self, "over"):
@@ -114,7 +118,7 @@ def _are_cards(cards):
     return isinstance(cards, list) and all(type(card) is int and 0 <= card < 52 for card in cards)
 
 
-class NumberLine(CardGame):
+class NumberLine(Game):
     """Move the current number to the target, one step at a time, in 0..max_position, within 2 · max_position steps.
 
     Reward: +1 on reaching the target (ends), −1 for a step that brings it no closer (a bump at the edge too), else 0.
@@ -167,7 +171,7 @@ class NumberLine(CardGame):
         return canvas
 
 
-class _FormulaGame(CardGame):
+class _FormulaGame(Game):
     """EZPoints and Points24: lay numbers and operators one by one until "=" is played.
 
     Reward: +10 for "=" on a formula that is right and uses every card once; −1 for "=" on any other (both end);
@@ -253,7 +257,7 @@ class Points24(_FormulaGame):
         super().__init__(target, face_cards_as_10, solvable_only, render_mode)
 
 
-class Blackjack(CardGame):
+class Blackjack(Game):
     """Gymnasium's Blackjack-v1 (Sutton and Barto, example 5.1): infinite deck, the dealer stands on 17.
 
     natural: a two-card 21 that wins pays 1.5; sab: it beats any other 21 and pays 1 ("Sutton and Barto", wins over
@@ -323,6 +327,17 @@ class Blackjack(CardGame):
 
 
 GAMES = {"numberline": NumberLine, "ezpoints": EZPoints, "points24": Points24, "blackjack": Blackjack}
+
+TASKS = (*GAMES, "alfworld")
+
+
+def make_game(task: str, **options) -> Game:
+    """A game of a task; ALFWorld is imported only where it is asked for."""
+    if task == "alfworld":
+        from alfworld_env import ALFWorld
+        return ALFWorld(**options)
+    return GAMES[task](**options)
+
 
 for _game in GAMES.values():
     if f"cards/{_game.__name__}-v0" not in gymnasium.registry:

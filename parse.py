@@ -25,7 +25,7 @@ def make_prompt(game, info: dict, cot=True) -> str:
     game = game.unwrapped
     task = f"{game.description} {game.state_text(info)}".strip()
     thoughts = '"thoughts": "what you see and why", ' if cot else ""
-    return (f"{task}\nActions: {' '.join(game.legal_actions())}\n"
+    return (f"{task}\nActions:{game.separator}{game.separator.join(game.legal_actions())}\n"
             f'Answer in JSON: {{{thoughts}"action": "one of the actions"}}')
 
 

@@ -572,7 +572,7 @@ def test_demonstrations_are_seeded_and_as_noisy_as_asked(task):
 
 def test_the_pocket_recipe_is_seeded(shipped, tiny):
     """The tokenizer is rebuilt token for token; fine-tuning from one seed ends at the same weights, bit for bit."""
-    assert pocket.make_tokenizer(seed=0).get_vocab() == shipped[1].tokenizer.get_vocab()
+    assert pocket.make_tokenizer(pocket.game_texts(seed=0)).get_vocab() == shipped[1].tokenizer.get_vocab()
     ends = []
     for _ in range(2):
         agent = Policy(*load_model(str(tiny)), target_modules=())

@@ -66,16 +66,21 @@ PIECES = Regex("|".join((
     ".")))
 
 
-def make_tokenizer(seed=0, vocabulary=640, image=("<image>",), samples=1500, **named):
-    """Train a byte-level BPE on the games' own prompts and answers: at most so many tokens, the same for a seed."""
+def game_texts(seed=0, samples=1500):
+    """The card games' own prompts and answers."""
     texts = []
     for task, cot in itertools.product(GAMES, (True, False)):
         texts += [text for d in itertools.islice(demonstrations(task, seed, 0.5, cot), samples)
                   for text in (d.prompt, d.answer)]
         texts += [text for d in itertools.islice(captions(task, seed), samples // 5) for text in (d.prompt, d.answer)]
+    return texts
+
+
+def make_tokenizer(texts, vocabulary=640, pieces=PIECES, image=("<image>",), **named):
+    """Train a byte-level BPE on texts: at most so many tokens, none across `pieces`; the same for the same texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in ("<pad>", "<s>", "</s>", *image)]
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
@@ -116,14 +121,14 @@ def make_model(processor, seed=0, hidden=HIDDEN, heads=HEADS, vision_layers=VISI
 
 def llava_next(seed=0):
     """(model, processor) of the pocket LLaVA, before its lessons."""
-    processor = make_processor(make_tokenizer(seed))
+    processor = make_processor(make_tokenizer(game_texts(seed)))
     return make_model(processor, seed), processor
 
 
 def qwen3_vl(seed=0, patch=15, vision_hidden=96):
     """The same for a Qwen3-VL of as many weights: M-RoPE, four patches a token, a deeper vision layer seen as well."""
     special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    tokenizer = make_tokenizer(seed, image=special)
+    tokenizer = make_tokenizer(game_texts(seed), image=special)
     images = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2,
                                       size={"shortest_edge": SIDE ** 2, "longest_edge": SIDE ** 2})
     processor = without_video(Qwen3VLProcessor)(

@@ -39,7 +39,7 @@ MISTRAL_TEMPLATE = (
 @functools.cache
 def byte_processor():
     """A processor for 336-pixel pictures whose tokenizer has no merges: a token a byte, and four special ones."""
-    return pocket.make_processor(pocket.make_tokenizer(vocabulary=260, samples=5), side=336, patch=14)
+    return pocket.make_processor(pocket.make_tokenizer([], vocabulary=260), side=336, patch=14)
 
 
 def mistral_processor():

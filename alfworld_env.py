@@ -1,0 +1,213 @@
+"""ALFWorld, the paper's second world: household tasks by text command, on its real engine, in houses of our own.
+
+    game = env.make_game("alfworld", receptacles=5, objects=4)         # or gymnasium.make("alfworld/Household-v0")
+    picture, info = game.reset(seed=1)                      # info["task"]: "put a clean apple in dresser."
+    picture, reward, terminated, truncated, info = game.step(0)         # an index into legal_actions(), new at each step
+
+Needs `pip install -r extras/requirements-alfworld.txt`; nothing else here imports it. The engine, its rules, its words
+and its commands are ALFWorld's (textworld 1.7.0, alfworld 0.4.2); the houses are games/houses.py's, or with
+houses="data" the downloaded ones of $ALFWORLD_DATA. Differs from the published code: the task is worded once an
+episode; an answer that names no command plays a random one (there it goes to the engine as it is).
+Does not handle: drawing (games/scene.py), who knows what to do (games/household.py).
+"""
+
+import functools
+import os
+import sys
+import weakref
+
+import gymnasium
+
+from env import Game
+from games import household, houses
+from games.houses import HouseError
+from games.scene import draw_scene
+from plumbing.errors import ModelError
+
+try:
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+    from textworld.envs.pddl import PddlEnv, textgen
+    from textworld.logic import Rule
+except ImportError as error:
+    raise ModelError("--task alfworld needs ALFWorld's engine: pip install -r extras/requirements-alfworld.txt "
+                     f"({error})") from error
+
+WON = 50.0                      # the paper's reward for a task that is done
+NOT_NAMED = -1.0                # and for an answer that names no command
+EMPTY = ("help", "look", "inventory", "examine ")           # commands that change nothing: left out of legal_actions
+
+# The engine parses the same grammar and the same queries at every step; remembered, a step takes a third of the time.
+textgen._parse_and_convert = functools.lru_cache(maxsize=None)(textgen._parse_and_convert)
+Rule.parse_conjunctive_query = functools.lru_cache(maxsize=None)(Rule.parse_conjunctive_query)
+_spare = []                     # engines whose game is gone: each holds 34 MB of a shared library until the program ends
+
+
+class Engine:
+    """One of ALFWorld's engines: load a house, then one command after another. Not to be used by two threads."""
+
+    def __init__(self):
+        self.commands = ()
+        self.game = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True, facts=True)))
+
+    def load(self, house):
+        """Begin in a house; HouseError where the engine cannot read it."""
+        arguments = sys.argv                            # subtle: the engine's translator writes its own over them
+        with open(ALFRED_PDDL_PATH) as domain, open(ALFRED_TWL2_PATH) as grammar:
+            data = {"pddl_domain": domain.read(), "grammar": grammar.read(), "pddl_problem": house.problem}
+        try:
+            self.game.load(data)
+            self._take(self.game.reset())
+        except (Exception, SystemExit) as error:        # the translator raises whatever it stumbles over, SystemExit too
+            raise HouseError(f"ALFWorld's engine cannot read this house: {type(error).__name__} {error}") from error
+        finally:
+            sys.argv = arguments
+
+    def step(self, command):
+        self._take(self.game.step(command)[0])
+
+    def _take(self, state):
+        self.said, self.won, self.commands = state.feedback, state["won"], tuple(state["admissible_commands"])
+        self.facts = {}                                 # {predicate: [tuples of names]}
+        for fact in state["facts"]:
+            self.facts.setdefault(fact.name, []).append(tuple(argument.name.strip() for argument in fact.arguments))
+
+    def plan(self):
+        """The planner's commands from here to the goal; it knows what is hidden. [] where there is no way."""
+        return self.game.unwrapped._pddl_state.replan(self.game.unwrapped._entity_infos)
+
+
+class ALFWorld(Game):
+    """A household task in text commands, at most 50 of them.
+
+    split: "train" or "held out" (games/houses.py). scene_text: whether the prompt has the engine's words beside the
+    picture. all_commands: whether commands that change nothing are legal too. Reward: 50 when the task is done, plus
+    at every step the share of its goal conditions that hold (alfworld.env.tasks has them); −1 where an answer names
+    no command (rollout.py adds that). Success: the engine says `won`. action_space is as large as the longest list of
+    commands may be: ask legal_actions().
+    """
+
+    description = "You are in a house."
+    separator, unnamed_reward, max_steps = "\n", NOT_NAMED, 50
+    fields = ("number", "commands")
+    actions = range(256)        # so large is action_space; which texts they stand for legal_actions() says
+
+    def __init__(self, split="train", houses="small", receptacles=5, objects=4, scene_text=True, all_commands=False,
+                 render_mode=None):
+        self.split, self.houses, self.receptacles, self.objects = split, houses, receptacles, objects
+        self.scene_text, self.all_commands = scene_text, all_commands
+        self.engine = _spare.pop() if _spare else Engine()
+        weakref.finalize(self, _spare.append, self.engine)
+        super().__init__(render_mode)
+
+    def legal_actions(self):
+        return tuple(command for command in self.engine.commands
+                     if self.all_commands or not command.startswith(EMPTY))
+
+    def state_text(self, info):
+        return f"Your task is to: {info['task']}" + (f"\n{info['scene']}" if self.scene_text else "")
+
+    def _deal(self):
+        self.number, self.commands = int(self.np_random.integers(2**31)), []
+        self._enter()
+
+    def _enter(self):
+        """Begin in the house of self.number, and play self.commands."""
+        if self.houses == "data":
+            self.house = houses.from_data(self.number, self.split)
+        else:
+            self.house = houses.deal(self.number, self.split, self.receptacles, self.objects)
+        self.engine.load(self.house)
+        self.seen = {}
+        self._remember()
+        for command in self.commands:
+            if command not in self.engine.commands:
+                raise ValueError(f"not a state that ALFWorld can be in: {command!r} is no command there")
+            self.engine.step(command)
+            self._remember()
+
+    def set_state(self, state):
+        """Go on from get_state's state: its house is dealt again, its commands are played again (exact)."""
+        before = self.get_state() if hasattr(self, "over") else None
+        try:
+            super().set_state(state)
+            self._enter()
+        except (ValueError, HouseError):
+            if before and state is not before:
+                self.set_state(before)
+            raise
+
+    def _is_possible(self):
+        return (type(self.number) is int and 0 <= self.number < 2**31 and isinstance(self.commands, list)
+                and all(isinstance(command, str) for command in self.commands) and len(self.commands) == self.steps)
+
+    def _is_success(self):
+        return bool(self.engine.won)
+
+    def _play(self, action):
+        self.commands.append(action)
+        self.engine.step(action)
+        self._remember()
+        return WON * self.engine.won + self.goal_share(), bool(self.engine.won)
+
+    def goal_share(self):
+        """The share of the task's goal conditions that hold, as alfworld.env.tasks counts them."""
+        house, facts = self.house, self.engine.facts
+        act, _, count = houses.TASKS[house.kind]
+        placed = [name for name, where in facts.get("inreceptacle", ())
+                  if household.kind_of(name) == house.target and household.kind_of(where) == house.place]
+        if act == "light":
+            held = [name for _, name in facts.get("holds", ()) if household.kind_of(name) == house.target]
+            lit = [name for name, in facts.get("istoggled", ()) if name in (self._inside() or ())]
+            return (bool(held) + bool(lit)) / 2
+        if count == 2:
+            where = [place for name, place in facts["inreceptacle"] if name in placed]
+            return min(2, max(map(where.count, where), default=0)) / 2
+        if act is None:
+            return float(bool(placed))
+        done = [name for name, in facts.get(f"is{household.BADGES[act]}", ()) if household.kind_of(name) == house.target]
+        return (bool(placed) + bool(done) + bool({*placed} & {*done})) / 3
+
+    # ---- what the agent sees
+    def _here(self):
+        """The present receptacle's name, or None in the middle of the room."""
+        facts = self.engine.facts
+        [(_, place)] = facts["atlocation"]
+        return next((name for name, where in facts["receptacleatlocation"] if where == place), None)
+
+    def _shut(self):
+        facts, here = self.engine.facts, (self._here(),)
+        return here in facts.get("openable", ()) and here not in facts.get("opened", ())
+
+    def _inside(self):
+        """The names of what lies at the present place; None where there is none, or its door is shut."""
+        here = self._here()
+        if here is None or self._shut():
+            return None
+        return sorted(name for name, where in self.engine.facts.get("inreceptacle", ()) if where == here)
+
+    def _remember(self):
+        if (inside := self._inside()) is not None:
+            self.seen[self._here()] = inside
+
+    def _info(self):
+        facts, house = self.engine.facts, self.house
+        held = next((name for _, name in facts.get("holds", ())), None)
+        badges = [badge for badge in household.BADGES.values() if (held,) in facts.get(f"is{badge}", ())]
+        scene = self.engine.said.split("=-\n\n")[-1].split("\n\nYour task")[0]          # without welcome and task
+        return {"task": house.sentence, "kind": house.kind, "scene": scene, "at": self._here(), "shut": self._shut(),
+                "inside": self._inside(), "holding": held, "badges": badges,
+                "receptacles": sorted(name for name, _ in facts["receptacleatlocation"]),
+                "goal": {"act": houses.TASKS[house.kind][0], "target": house.target, "place": house.place,
+                         "lamp": house.lamp},
+                "seen": dict(self.seen), "commands": list(self.legal_actions())}
+
+    def _draw(self):
+        info = self._info()
+        return draw_scene(info["receptacles"], info["at"], info["shut"], info["inside"], info["holding"],
+                          info["badges"])
+
+
+if "alfworld/Household-v0" not in gymnasium.registry:
+    gymnasium.register("alfworld/Household-v0", entry_point="alfworld_env:ALFWorld")

@@ -1,0 +1,137 @@
+"""A pocket LLaVA for ALFWorld: extras/pocket.py's recipe with longer prompts, four text layers and words for tokens.
+
+    python -m extras.pocket_alfworld --out runs/my-pocket-alfworld        # checkpoints/pocket-alfworld holds the result
+
+It learns from the demonstrator's play in training houses, in three lessons: to say what a picture shows; to answer with
+the demonstrator's commands; last, shortly, with so many random commands that there is something left for RL to learn.
+States are played once, on the engine, and shown again and again with their pictures drawn anew.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex
+
+from env import make_game
+from extras.pocket import MARK, make_model, make_processor, make_tokenizer
+from games.household import kind_of, next_step, reading, thoughts
+from games.scene import draw_scene
+from parse import make_answer, make_prompt
+from plumbing.checkpoint import part_of, put_in_place
+from policy import Policy
+from sft import Demonstration, finetune
+from vlm.families import save_processor
+from vlm.loading import load_model
+
+LABEL_NOISE = 0.8               # share of random commands in the last lesson, set by trial: where RL starts
+# One token a word or number, so that a name is read and written as its words; a prompt's fixed lines whole.
+PIECES = Regex("|".join((r"You are in a house\. Your task is to:", r"\n?Answer in JSON:[^\n]*", r"\n?Actions:\n",
+                         '"action', r"You are in the middle of a room\. Looking quickly around you, you see",
+                         " ?[A-Za-z]+", " ?[0-9]+", MARK + "+", r"\n", ".")))
+
+
+def play(seed, games, follow=0.7) -> list[tuple[str, str, dict]]:
+    """Play so many training houses; return (prompt, prompt without thoughts, info) of each state.
+
+    A share `follow` of the commands is the demonstrator's, the others are random: what comes after a mistake is seen.
+    """
+    generator, game, found = np.random.default_rng(seed), make_game("alfworld"), []
+    for number in range(games):
+        _, info = game.reset(seed=10**6 * (seed + 1) + number)
+        over = False
+        while not over:
+            found.append((make_prompt(game, info), make_prompt(game, info, cot=False), info))
+            legal = game.legal_actions()
+            command = next_step(info)[1] if generator.random() < follow else legal[generator.integers(len(legal))]
+            _, _, terminated, truncated, info = game.step(legal.index(command))
+            over = terminated or truncated
+    return found
+
+
+def picture_of(info):
+    return draw_scene(info["receptacles"], info["at"], info["shut"], info["inside"], info["holding"], info["badges"])
+
+
+def captions(states, seed) -> Iterator[list[Demonstration]]:
+    """Batches that only say what the picture shows: the first lesson."""
+    generator = np.random.default_rng(seed)
+    while True:
+        batch = []
+        for i in generator.integers(len(states), size=64):
+            info = states[i][2]
+            held = "nothing" if info["holding"] is None else " ".join([*info["badges"], kind_of(info["holding"])])
+            seen = "shut" if info["shut"] else " ".join(kind_of(name) for name in info["inside"] or ("nothing",))
+            batch.append(Demonstration(picture_of(info), "Read the picture.", make_answer(f"Holding {held}. {seen}")))
+        yield batch
+
+
+def answers(states, seed, noise) -> Iterator[list[Demonstration]]:
+    """Batches of answers, one in eight without thoughts; a share `noise` of the commands is random."""
+    generator = np.random.default_rng(seed)
+    while True:
+        batch = []
+        for i in generator.integers(len(states), size=64):
+            prompt, short, info = states[i]
+            label = next_step(info)[1]
+            if generator.random() < noise:
+                label = info["commands"][generator.integers(len(info["commands"]))]
+            cot = generator.random() > 1 / 8
+            batch.append(Demonstration(picture_of(info), prompt if cot else short,
+                                       make_answer(label, thoughts(info, label) if cot else None)))
+        yield batch
+
+
+def build(out, seed=0, games=2400, steps=(300, 4000, 200)):
+    """Play, make the model, teach it three lessons of so many steps, write it to the folder `out`."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        states = [state for part in pool.starmap(play, [(2 * seed + k, games // 2) for k in (0, 1)]) for state in part]
+    texts = [text for prompt, _, info in states[:6000]
+             for text in (prompt, make_answer(info["commands"][0], thoughts(info, info["commands"][0])))]
+    processor = make_processor(make_tokenizer(texts, vocabulary=640, pieces=PIECES))
+    policy = Policy(make_model(processor, seed, text_layers=4), processor, target_modules=(), seed=seed)
+    print(f"{len(states)} states, {len(processor.tokenizer)} tokens, "
+          f"{sum(p.numel() for p in policy.model.parameters()):,} weights", flush=True)
+    finetune(policy, captions(states, seed), steps[0], 1e-3, title="reading")
+    finetune(policy, answers(states, seed + 1, 0.0), steps[1], 1e-3, title="answering")
+    part = part_of(out)                                     # whole after the last lesson
+    policy.model.half().save_pretrained(part)
+    save_processor(processor, part)
+    last_lesson(part, states, seed, steps[2])
+    put_in_place(out)
+
+
+def last_lesson(out, states, seed, steps, noise=LABEL_NOISE):
+    """Teach the model in the folder the start that RL is to have, from the fp16 weights on disk."""
+    if steps:
+        policy = Policy(*load_model(str(out)), target_modules=(), seed=seed)
+        finetune(policy, answers(states, seed + 2, noise), steps, 5e-4, title="settling")
+        policy.model.half().save_pretrained(out)
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--games", type=int, default=2400, help="houses that the demonstrator plays [2400]")
+    parser.add_argument("--steps", type=int, nargs=3, default=(300, 4000, 200), metavar=("READ", "ANSWER", "SETTLE"),
+                        help="steps of the three lessons [300 4000 200]")
+    return parser
+
+
+def main(arguments=None):
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if Path(options.out).exists():
+        parser.error(f"{options.out} is there already: choose another --out")
+    begun = time.perf_counter()
+    build(options.out, options.seed, options.games, options.steps)
+    print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task alfworld "
+          f"--model {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What an agent sees in ALFWorld, as a drawing of 300 × 300: where it is, shut or open, what lies there, what it holds.
+
+A drawing, not a room: it shows what the engine's words say of the present place and of the hands, and nothing that
+is hidden. Above, the house's receptacles, small, the present one lit; in the middle that one, large; below, the hand.
+Does not handle: what is there (alfworld_env.py); Pillow's words and canvases are draw.py's.
+"""
+
+import zlib
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from games.draw import GOLD, INK, PAPER, SIZE, SKIN, put
+
+ROOM, WOOD, DARK = (206, 214, 222), (164, 122, 80), (96, 70, 46)
+METAL, GLASS = (150, 160, 170), (238, 244, 250)
+BADGE_COLORS = {"hot": (214, 52, 32), "cool": (36, 120, 220), "clean": (46, 160, 92)}
+TILE_W, TILE_H = 66, 54
+
+
+def draw_scene(receptacles, at, shut, inside, holding, badges) -> np.ndarray:
+    """Return the picture (SIZE, SIZE, 3) uint8.
+
+    receptacles: all names; at: the present one or None; shut: whether its door is; inside: the names of what is seen
+    there, None where nothing can be seen; holding: a name or None; badges: "hot", "cool", "clean" of what is held.
+    """
+    canvas = _room().copy()
+    width = min(56, (SIZE - 12) // max(1, len(receptacles)))
+    for i, name in enumerate(receptacles[:(SIZE - 12) // width]):
+        put(canvas, _small(name, name == at, width - 4), 6 + i * width, 6)
+    if at is not None:
+        put(canvas, _place(at, shut, inside is not None), 10, 44)
+        for i, name in enumerate((inside or ())[:8]):
+            put(canvas, _tile(name), 18 + (i % 4) * (TILE_W + 2), 80 + (i // 4) * (TILE_H + 2))
+    if holding is not None:
+        put(canvas, _tile(holding), 100, 232)
+        for i, badge in enumerate(("hot", "cool", "clean")):
+            if badge in badges:
+                put(canvas, _badge(badge), 176 + 40 * i, 238)
+    return canvas
+
+
+def _font(text, size, width):
+    """The largest font up to size in which the text is at most so wide."""
+    font = ImageFont.load_default(size)
+    return ImageFont.load_default(max(6, int(size * width / length))) if (length := font.getlength(text)) > width else font
+
+
+def _label(pen, text, box, size, fill):
+    x0, y0, x1, y1 = box
+    pen.text(((x0 + x1) / 2, (y0 + y1) / 2), text, fill=fill, font=_font(text, size, x1 - x0 - 4), anchor="mm")
+
+
+@lru_cache(maxsize=1)
+def _room():
+    picture = Image.new("RGB", (SIZE, SIZE), ROOM)
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([0, 222, SIZE, SIZE], fill=(184, 192, 200))
+    pen.polygon([(8, 300), (30, 252), (76, 236), (90, 262), (60, 300)], fill=SKIN, outline=INK)      # the hand
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=512)
+def _small(name, lit, width):
+    picture = Image.new("RGB", (width, 30), GOLD if lit else PAPER)
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([0, 0, width - 1, 29], outline=INK, width=2 if lit else 1)
+    _label(pen, name, (0, 0, width, 30), 11, INK)
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=512)
+def _place(name, shut, visible):
+    """The present receptacle: a door with a handle where it is shut, an open box or a surface where one sees in."""
+    picture = Image.new("RGB", (SIZE - 20, 172), ROOM)
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([0, 0, SIZE - 21, 30], fill=DARK)
+    _label(pen, name, (0, 0, SIZE - 20, 30), 20, PAPER)
+    if shut:
+        pen.rectangle([0, 30, SIZE - 21, 171], fill=WOOD, outline=INK, width=3)
+        pen.rectangle([12, 44, SIZE - 34, 158], outline=DARK, width=4)
+        pen.ellipse([SIZE - 66, 90, SIZE - 46, 110], fill=METAL, outline=INK)
+    else:
+        pen.rectangle([0, 30, SIZE - 21, 171], fill=GLASS if visible else ROOM, outline=INK, width=3)
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=2048)
+def _tile(name):
+    """An object: a shape and a colour that go with its kind, its name below."""
+    kind = zlib.crc32(name.rpartition(" ")[0].encode())
+    color = tuple(60 + (kind >> shift) % 160 for shift in (0, 8, 16))
+    picture = Image.new("RGB", (TILE_W, TILE_H), PAPER)
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([0, 0, TILE_W - 1, TILE_H - 1], outline=INK)
+    middle, top = TILE_W // 2, 4
+    shapes = (lambda: pen.ellipse([middle - 15, top, middle + 15, top + 30], fill=color, outline=INK),
+              lambda: pen.rectangle([middle - 15, top, middle + 15, top + 30], fill=color, outline=INK),
+              lambda: pen.polygon([(middle, top), (middle + 17, top + 30), (middle - 17, top + 30)], fill=color, outline=INK),
+              lambda: pen.rectangle([middle - 24, top + 8, middle + 24, top + 24], fill=color, outline=INK),
+              lambda: pen.rectangle([middle - 7, top, middle + 7, top + 30], fill=color, outline=INK))
+    shapes[kind % len(shapes)]()
+    _label(pen, name, (0, 36, TILE_W, TILE_H), 12, INK)
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=8)
+def _badge(badge):
+    """What was done to the object that is held: a disc in its colour with its first letter."""
+    picture = Image.new("RGB", (36, 44), (184, 192, 200))
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse([1, 1, 35, 35], fill=BADGE_COLORS[badge], outline=INK, width=2)
+    _label(pen, badge, (0, 0, 36, 36), 13, PAPER)
+    return np.asarray(picture)
