@@ -1,8 +1,8 @@
 """ALFWorld, the paper's second world: household tasks by text command, on its real engine, in houses of our own.
 
     game = env.make_game("alfworld", receptacles=5, objects=4)         # or gymnasium.make("alfworld/Household-v0")
-    picture, info = game.reset(seed=1)                      # info["task"]: "put a clean apple in dresser."
-    picture, reward, terminated, truncated, info = game.step(0)         # an index into legal_actions(), new at each step
+    picture, info = game.reset(seed=1)                      # info["task"]: "put a clean cup in desk."
+    picture, reward, terminated, truncated, info = game.step(0)         # an index into legal_actions()
 
 Needs `pip install -r extras/requirements-alfworld.txt`; nothing else here imports it. The engine, its rules, its words
 and its commands are ALFWorld's (textworld 1.7.0, alfworld 0.4.2); the houses are games/houses.py's, or with
@@ -11,10 +11,14 @@ episode; an answer that names no command plays a random one (there it goes to th
 Does not handle: drawing (games/scene.py), who knows what to do (games/household.py).
 """
 
+import contextlib
 import functools
 import os
+import shutil
 import sys
+import tempfile
 import weakref
+from pathlib import Path
 
 import gymnasium
 
@@ -41,7 +45,7 @@ EMPTY = ("help", "look", "inventory", "examine ")           # commands that chan
 # The engine parses the same grammar and the same queries at every step; remembered, a step takes a third of the time.
 textgen._parse_and_convert = functools.lru_cache(maxsize=None)(textgen._parse_and_convert)
 Rule.parse_conjunctive_query = functools.lru_cache(maxsize=None)(Rule.parse_conjunctive_query)
-_spare = []                     # engines whose game is gone: each holds 34 MB of a shared library until the program ends
+_spare = []                     # engines whose game is gone: each holds 34 MB of a library until the program ends
 
 
 class Engine:
@@ -49,7 +53,8 @@ class Engine:
 
     def __init__(self):
         self.commands = ()
-        self.game = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True, facts=True)))
+        with _own_temporary_folder():
+            self.game = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True, facts=True)))
 
     def load(self, house):
         """Begin in a house; HouseError where the engine cannot read it."""
@@ -59,7 +64,7 @@ class Engine:
         try:
             self.game.load(data)
             self._take(self.game.reset())
-        except (Exception, SystemExit) as error:        # the translator raises whatever it stumbles over, SystemExit too
+        except (Exception, SystemExit) as error:        # the translator raises what it stumbles over, SystemExit too
             raise HouseError(f"ALFWorld's engine cannot read this house: {type(error).__name__} {error}") from error
         finally:
             sys.argv = arguments
@@ -76,6 +81,23 @@ class Engine:
     def plan(self):
         """The planner's commands from here to the goal; it knows what is hidden. [] where there is no way."""
         return self.game.unwrapped._pddl_state.replan(self.game.unwrapped._entity_infos)
+
+
+@contextlib.contextmanager
+def _own_temporary_folder():
+    """Let the engine's copy of its library lie where the next program finds it, if a kill leaves it behind."""
+    here = Path(tempfile.gettempdir()) / f"alfworld-engines-{os.getuid()}"
+    own, before = here / str(os.getpid()), tempfile.tempdir
+    own.mkdir(parents=True, exist_ok=True)
+    for left in here.iterdir():
+        if left.name.isdecimal() and not Path(f"/proc/{left.name}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    tempfile.tempdir = str(own)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(own, ignore_errors=True)
 
 
 class ALFWorld(Game):
@@ -166,7 +188,8 @@ class ALFWorld(Game):
             return min(2, max(map(where.count, where), default=0)) / 2
         if act is None:
             return float(bool(placed))
-        done = [name for name, in facts.get(f"is{household.BADGES[act]}", ()) if household.kind_of(name) == house.target]
+        done = [name for name, in facts.get(f"is{household.BADGES[act]}", ())
+                if household.kind_of(name) == house.target]
         return (bool(placed) + bool(done) + bool({*placed} & {*done})) / 3
 
     # ---- what the agent sees

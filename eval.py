@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from env import GAMES
+from env import TASKS, make_game
 from games.expert import best_actions, continuations, expert_action, plan_right, planned, reads_right
+from games.household import next_step
 from plumbing.checkpoint import newest_checkpoint
 from plumbing.errors import ModelError, foreign, in_words
 from plumbing.manifest import check
-from plumbing.settings import Settings, add_flags, default_of
+from plumbing.settings import WORLD, Settings, add_flags, default_of, with_task_defaults
 from policy import Policy
 from rollout import Choice, act
 from vlm.loading import is_small, open_model
@@ -53,11 +54,13 @@ def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch
 
 
 def scripted_player(name, task, seed):
-    """A player without a model: "random", "expert" or "always:ACTION". It says nothing: its texts are None."""
+    """A player without a model, whose texts are None: "random", "expert", "always:ACTION", and on ALFWorld "heuristic"
+    (remembers nothing)."""
     generator = np.random.default_rng(seed)
     kind, _, fixed = name.partition(":")
-    if not (kind == "always" and fixed or name in ("random", "expert")):
-        raise ValueError(f"no policy {name!r}: use random, expert or always:ACTION")
+    names = ("random", "expert", *(("heuristic",) if task == "alfworld" else ()))
+    if not (kind == "always" and fixed or name in names):
+        raise ValueError(f"no policy {name!r}: use {', '.join(names)} or always:ACTION")
 
     def play(games, pictures, infos):
         choices = []
@@ -67,6 +70,8 @@ def scripted_player(name, task, seed):
                 index = int(generator.integers(len(legal)))
             elif kind == "expert":
                 index = legal.index(expert_action(task, info))
+            elif kind == "heuristic":
+                index = legal.index(next_step(info, memory=False)[1])
             elif fixed in legal:
                 index = legal.index(fixed)
             else:
@@ -93,17 +98,19 @@ class Decision(NamedTuple):
     choice: Choice
 
 
-def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None) -> dict:
+def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None, world=None) -> dict:
     """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (results/README.md).
 
     num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is None);
-    watch(picture, choice, episode) is called at every step, and at an episode's last picture with the choice None.
+    watch(picture, choice, episode) is called at every step, and at an episode's last picture with the choice None;
+    world: env.make_game's further options. ALFWorld's houses are those held out, and success is told by kind of task.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
+    world, kinds = ({"split": "held out"} if task == "alfworld" else {}) | (world or {}), [None] * episodes
     decisions, waiting = [], iter(range(episodes))
-    tables = [Table(GAMES[task](), episode) for episode in itertools.islice(waiting, num_envs)]
+    tables = [Table(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
     for table in tables:
         table.picture, table.info = table.game.reset(seed=seed + table.episode)
     while tables:
@@ -116,6 +123,7 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
             returns[table.episode] += reward
             if terminated or truncated:
                 success[table.episode], goals[table.episode] = table.info["is_success"], reward > 0
+                kinds[table.episode] = table.info.get("kind")
                 if watch:
                     watch(table.picture, None, table.episode)
                 table.episode = next(waiting, None)
@@ -126,6 +134,9 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
     result = {"task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
               "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
               "return_mean": returns.mean().item(), "goal_rate": goals.mean().item()}
+    if any(kinds):
+        result["success_by_kind"] = {kind: rate(won for won, own in zip(success, kinds) if own == kind)
+                                     for kind in sorted(set(kinds))}
     return result | decision_statistics(task, decisions, cot)
 
 
@@ -215,7 +226,7 @@ class Film:
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
-PLAY_SETTINGS = ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature")
+PLAY_SETTINGS = ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature", *WORLD)
 
 
 def open_run(run):
@@ -250,7 +261,7 @@ def open_policy(model="auto", bits="auto", temperature=None):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=GAMES)
+    parser.add_argument("--task", required=True, choices=TASKS)
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", help="a run folder of train.py: its last checkpoint, its settings")
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
@@ -267,7 +278,8 @@ def make_parser():
 
 def make_player(options, given):
     """Return (player, its name, the settings to play with) for a command line; given: those that were chosen."""
-    settings = {"cot": True, "num_envs": Settings.num_envs, "max_new_tokens": Settings.max_new_tokens}
+    default = with_task_defaults(Settings, {"task": options.task})
+    settings = {name: getattr(default, name) for name in ("cot", "num_envs", "max_new_tokens", *WORLD)}
     if options.policy:
         return scripted_player(options.policy, options.task, options.seed), options.policy, settings | given
     if options.run:
@@ -290,6 +302,8 @@ def check_options(options, given):
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 <= options.seed < 2**31:
         raise ValueError("--seed must be 0 or more, below 2³¹")
+    if problem := Settings(task=options.task, **{name: given[name] for name in WORLD if name in given}).problem():
+        raise ValueError(problem)
     if not options.model and {"temperature", "cot", "bits"} & set(given):
         raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
     if options.render and not options.render.endswith((".gif", ".png")):
@@ -318,7 +332,9 @@ def play(options, given):
         player, name, settings = make_player(options, given)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    result = evaluate(player, options.task, options.episodes, options.seed, settings["num_envs"], settings["cot"], film)
+    world = {name: settings[name] for name in WORLD} if options.task == "alfworld" else {}
+    result = evaluate(player, options.task, options.episodes, options.seed, settings["num_envs"], settings["cot"], film,
+                      world)
     result = {"policy": name, **result}
     for key, value in result.items():
         if not isinstance(value, dict):

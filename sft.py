@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from env import GAMES
+from env import make_game
 from games.expert import expert_action, thoughts
 from parse import make_answer, make_prompt
 from plumbing import parallel
@@ -90,16 +90,17 @@ class Demonstration:
     answer: str             # v_out
 
 
-def demonstrations(task: str, seed: int, label_noise=0.0, cot=True) -> Iterator[Demonstration]:
+def demonstrations(task: str, seed: int, label_noise=0.0, cot=True, world=None) -> Iterator[Demonstration]:
     """Yield Demonstrations of a task for ever, from the expert's play.
 
     label_noise: share of labels that are uniform over the legal actions; the thoughts end in the label, right or not.
+    world: env.make_game's further options.
     Three states in ten are yielded, so that neighbours in a batch come from different deals.
     Half of the games go on with the expert's action and half with the label's, so that both the good path and what
     comes after a mistake are seen. Points24 deals are always solvable, as in the paper's data.
     """
     generator = np.random.default_rng([seed, len(task)])
-    game = GAMES[task](solvable_only=True) if task == "points24" else GAMES[task]()
+    game = make_game(task, **({"solvable_only": True} if task == "points24" else world or {}))
     picture, info = game.reset(seed=seed)
     follow_label = generator.random() < 0.5
     while True:
@@ -249,7 +250,7 @@ def _teach(settings, folder):
         policy.load_adapters(loaded.adapters)
     settings.bits = loaded.bits                             # "auto" could be another number the next time
     write_whole(folder / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
-    source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot)
+    source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot, settings.world)
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
     finetune(policy, batches, settings.steps, settings.lr, micro_batch_size=settings.micro_batch_size,
              title=f"sft {settings.task}", settings=settings)
@@ -273,7 +274,7 @@ def planned(settings):
     """What memory.choose asks: this course as if it were RL of the same adapters, which takes more."""
     return Settings(task=settings.task, rank=settings.rank, target_modules=settings.target_modules, cot=settings.cot,
                     micro_batch_size=settings.micro_batch_size,
-                    gradient_checkpointing=settings.gradient_checkpointing)
+                    gradient_checkpointing=settings.gradient_checkpointing, **settings.world)
 
 
 def clean_up(folder):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from env import GAMES
+from env import make_game
 from eval import evaluate, model_player
 from plumbing import parallel
 from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
@@ -59,7 +59,7 @@ class Run:
         self.sampling = torch.Generator(policy.device).manual_seed(seeds[0])
         self.fallback = np.random.default_rng(seeds[1])
         self.shuffling = torch.Generator().manual_seed(order + rank)
-        self.games = [GAMES[settings.task]() for _ in range(share)]
+        self.games = [make_game(settings.task, **settings.world) for _ in range(share)]
         for game, seed in zip(self.games, deals[rank * share:]):
             game.reset(seed=seed + 2**31)                       # above every held-out seed
 
@@ -171,7 +171,8 @@ def held_out(run, when, path):
                               batch_size=settings.play_batch_size)
         with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
             result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
-                              settings.cot, watch=lambda picture, choice, episode: bar.update(choice is None))
+                              settings.cot, lambda picture, choice, episode: bar.update(choice is None),
+                              settings.world)
         write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
     read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
@@ -222,6 +223,7 @@ def starting_model(settings):
         try:
             teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
                               target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
+                              **settings.world,
                               gradient_checkpointing=settings.gradient_checkpointing,
                               micro_batch_size=settings.micro_batch_size, out=str(folder), steps=settings.sft_steps))
         except FloatingPointError as error:

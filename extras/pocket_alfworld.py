@@ -18,7 +18,7 @@ from tokenizers import Regex
 
 from env import make_game
 from extras.pocket import MARK, make_model, make_processor, make_tokenizer
-from games.household import kind_of, next_step, reading, thoughts
+from games.household import kind_of, next_step, thoughts
 from games.scene import draw_scene
 from parse import make_answer, make_prompt
 from plumbing.checkpoint import part_of, put_in_place

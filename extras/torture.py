@@ -140,13 +140,16 @@ def torture_writes(command, folder, expected, what, every):
 
 
 def torture_kills(command, folder, expected, tries, seconds, generator, count=1):
-    """One of the processes at a random moment; the others end too: (tried, ended as the run left alone)."""
+    """One of the processes at a random moment, the others are then told to end, as torchrun does: (tried, ended as the
+    run left alone)."""
     tried = held = 0
     for number in range(tries):
         run = folder / f"kill-{count}-{number}"
         processes = several([*command, "--out", str(run)], count)
         time.sleep(generator.random() * seconds)
-        os.kill(generator.choice(processes)[0], signal.SIGKILL)
+        killed = generator.choice(processes)
+        for one in processes:
+            os.kill(one[0], signal.SIGKILL if one is killed else signal.SIGTERM)
         results = [ended(*one) for one in processes]
         if any(status for status, _ in results):            # else it came too late
             same = goes_on(command, run, expected, count)

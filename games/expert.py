@@ -1,14 +1,15 @@
-"""Exact players of the four games and the words that they would say: the source of all demonstrations.
+"""Exact players of the card games and the words that they would say: the source of all demonstrations.
 
 NumberLine by arithmetic, EZPoints and Points24 by exhaustive search (formula.py), Blackjack by exact dynamic
 programming. `expert_action` plays, `thoughts` writes the chain of thought that leads to an action (any action, so
 that noisy demonstrations stay fluent), `reads_right` checks what an answer says it saw.
-Does not handle: learning (sft.py), the answer's format (parse.py).
+For ALFWorld all three ask household.py. Does not handle: learning (sft.py), the answer's format (parse.py).
 """
 
 import re
 from functools import cache
 
+from games import household
 from games.formula import is_right, solutions
 
 OPERATORS = {"ezpoints": "+*", "points24": "+-*/"}
@@ -111,6 +112,8 @@ def best_actions(task: str, info: dict) -> list[str]:
     >>> best_actions("ezpoints", {"numbers": [2, 10], "formula": [], "target": 12})
     ['10', '2']
     """
+    if task == "alfworld":
+        return [household.next_step(info)[1]]
     if task == "numberline":
         return ["+" if info["target"] > info["current"] else "-"]
     if task == "blackjack":
@@ -127,6 +130,8 @@ def expert_action(task: str, info: dict) -> str:
 # ---- what they say -------------------------------------------------------------------------------------------------
 def reading(task, info):
     """The sentence that says what the picture shows."""
+    if task == "alfworld":
+        return household.reading(info)
     if task == "numberline":
         return f"The target is {info['target']} and the current number is {info['current']}."
     if task == "blackjack":
@@ -145,6 +150,8 @@ def thoughts(task: str, info: dict, action: str) -> str:
     >>> thoughts("blackjack", {"dealer": "7", "hand": ["A", "4"], "total": 15, "usable_ace": True}, "hit")
     'The dealer shows 7. My cards are A 4, total soft 15. I choose hit.'
     """
+    if task == "alfworld":
+        return household.thoughts(info, action)
     seen = reading(task, info)
     if task == "numberline":
         seen += f" The target is {'greater' if info['target'] > info['current'] else 'smaller'}."

@@ -11,10 +11,14 @@ that it lay in or belonged into in training: a checksum shares out all layouts a
 Does not handle: playing (alfworld_env.py), drawing (games/scene.py), who knows what to do (games/household.py).
 """
 
+import json
+import os
+import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +28,7 @@ TASKS = {"pick_and_place_simple": (None, None, 1), "look_at_obj_in_light": ("lig
          "pick_heat_then_place_in_recep": ("heat", "Microwave", 1),
          "pick_cool_then_place_in_recep": ("cool", "Fridge", 1), "pick_two_obj_and_place": (None, None, 2)}
 SPLITS = ("train", "held out")
+DATA_FOLDERS = {"train": "train", "held out": "valid_unseen"}             # ALFWorld's own splits
 LAMPS, STANDS = ("DeskLamp", "FloorLamp"), ("Desk", "Dresser", "SideTable")     # what lamps stand on is ours
 
 
@@ -120,6 +125,44 @@ def _goal(rng, kind, target, place, lamp):
             words.format(**{key: name.lower() for key, name in names.items()}) + ".")
 
 
+def from_data(number: int, split="train") -> House:
+    """Return a house of the downloaded data set: the number-th game file of ALFWorld's own split, going round.
+
+    Games that ALFWorld itself leaves out (slices, movable receptacles, without a solution) are passed over. HouseError
+    where there are no files, or one is broken.
+    """
+    files = _data_files(os.environ.get("ALFWORLD_DATA", ""), split)
+    for step in range(len(files)):
+        if house := _read(files[(number + step) % len(files)]):
+            return house
+    raise HouseError(f"none of the {len(files)} games of {DATA_FOLDERS[split]} has a solution")
+
+
+@cache
+def _data_files(root, split):
+    folder = Path(root).expanduser() / "json_2.1.1" / DATA_FOLDERS[split]
+    found = sorted(file for file in folder.rglob("game.tw-pddl") if not re.search("movable|Sliced", str(file)))
+    if not found:
+        raise HouseError(f"{folder} holds no game.tw-pddl: run alfworld-download, and set $ALFWORLD_DATA to its folder")
+    return found
+
+
+def _read(file):
+    """The House in a game file and the traj_data.json beside it; None where it is said to have no solution."""
+    try:
+        game, about = (json.loads(path.read_text()) for path in (file, file.with_name("traj_data.json")))
+        names, kind = about["pddl_params"], about["task_type"]
+        sentence = re.search(r"Your task is to: ([^\n\"\\]+)", game["grammar"])[1]
+        target, place, lamp = (names[key].lower() for key in ("object_target", "parent_target", "toggle_target"))
+        if not game.get("solvable", True):
+            return None
+        light = TASKS[kind][0] == "light"
+        return House(game["pddl_problem"], kind, sentence, target, None if light else place, lamp if light else None,
+                     (), frozenset())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HouseError(f"{file} is no game of ALFWorld's: {type(error).__name__} {error}") from error
+
+
 def _problem(layout, contents, goal):
     """The PDDL problem: receptacle i stands at a place of its own, contents are (kind, i)."""
     fits, able, openable = vocabulary()
@@ -146,6 +189,7 @@ def _problem(layout, contents, goal):
     object_types = sorted({*kinds, "Knife", "ButterKnife"})
     declared = ["agent1 - agent", *(f"loc_bar_{i} - location" for i in range(len(layout) + 1)),
                 *(f"{name} - receptacle" for name in names), *(f"{name} - object" for name in things),
-                *(f"{kind}Type - rtype" for kind in receptacle_types), *(f"{kind}Type - otype" for kind in object_types)]
-    lines = "\n".join
-    return f"(define (problem house)\n(:domain alfred)\n(:objects\n{lines(declared)}\n)\n(:init\n{lines(facts)}\n)\n{goal}"
+                *(f"{kind}Type - rtype" for kind in receptacle_types),
+                *(f"{kind}Type - otype" for kind in object_types)]
+    return "\n".join(["(define (problem house)", "(:domain alfred)", "(:objects", *declared, ")", "(:init", *facts, ")",
+                      goal])                            # whose text closes `define`

@@ -43,8 +43,8 @@ def draw_scene(receptacles, at, shut, inside, holding, badges) -> np.ndarray:
 
 def _font(text, size, width):
     """The largest font up to size in which the text is at most so wide."""
-    font = ImageFont.load_default(size)
-    return ImageFont.load_default(max(6, int(size * width / length))) if (length := font.getlength(text)) > width else font
+    length = ImageFont.load_default(size).getlength(text)
+    return ImageFont.load_default(max(6, min(size, int(size * width / length))))
 
 
 def _label(pen, text, box, size, fill):
@@ -94,12 +94,12 @@ def _tile(name):
     picture = Image.new("RGB", (TILE_W, TILE_H), PAPER)
     pen = ImageDraw.Draw(picture)
     pen.rectangle([0, 0, TILE_W - 1, TILE_H - 1], outline=INK)
-    middle, top = TILE_W // 2, 4
-    shapes = (lambda: pen.ellipse([middle - 15, top, middle + 15, top + 30], fill=color, outline=INK),
-              lambda: pen.rectangle([middle - 15, top, middle + 15, top + 30], fill=color, outline=INK),
-              lambda: pen.polygon([(middle, top), (middle + 17, top + 30), (middle - 17, top + 30)], fill=color, outline=INK),
-              lambda: pen.rectangle([middle - 24, top + 8, middle + 24, top + 24], fill=color, outline=INK),
-              lambda: pen.rectangle([middle - 7, top, middle + 7, top + 30], fill=color, outline=INK))
+    x, y, look = TILE_W // 2, 4, {"fill": color, "outline": INK}
+    shapes = (lambda: pen.ellipse([x - 15, y, x + 15, y + 30], **look),
+              lambda: pen.rectangle([x - 15, y, x + 15, y + 30], **look),
+              lambda: pen.polygon([(x, y), (x + 17, y + 30), (x - 17, y + 30)], **look),
+              lambda: pen.rectangle([x - 24, y + 8, x + 24, y + 24], **look),
+              lambda: pen.rectangle([x - 7, y, x + 7, y + 30], **look))
     shapes[kind % len(shapes)]()
     _label(pen, name, (0, 36, TILE_W, TILE_H), 12, INK)
     return np.asarray(picture)

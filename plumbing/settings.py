@@ -14,13 +14,16 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from env import GAMES
+from env import TASKS
 from plumbing import parallel
 from plumbing.errors import ModelError, foreign
 from vlm.families import PARTS
 
-# The formula games pay 10, the others 1: scaled, all returns are about 1, which value_lr and advantage_floor are for.
-REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0}
+# The formula games pay 10, ALFWorld 50: scaled, all returns are about 1, which value_lr and advantage_floor are for.
+REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0, "alfworld": 0.02}
+# Other defaults on ALFWorld: λ is the paper's; each game holds an engine, and its episodes are longer.
+TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "num_envs": 16, "num_steps": 32, "eval_episodes": 500}}
+WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")      # settings of ALFWorld alone
 
 
 def setting(default=None, help="", *, small=None, large=None, choices=None):
@@ -37,7 +40,7 @@ def fixed(default):
 @dataclass
 class ModelSettings:
     """What supervised fine-tuning and RL share."""
-    task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(GAMES))
+    task: str = setting(None, "the game (needed; --resume knows it)", choices=TASKS)
     model: str = setting("auto", "auto, pocket, a hub name, a folder (chat VLMs: vlm/families.py), or adapters")
     bits: str = setting("auto", "of the frozen weights; auto: 32 on a CPU, 16 on a GPU with room, else 4",
                         choices=("auto", "4", "16", "32"))
@@ -47,6 +50,12 @@ class ModelSettings:
                                           "of none (0; also where it fits the GPU so)", small=0, large=1)
     cot: bool = setting(True, "chain of thought; --no-cot: the action alone, the paper's ablation")
     seed: int = setting(1, "fixes the whole run")
+    houses: str = setting("small", "alfworld: dealt ones, or the data set's ($ALFWORLD_DATA)",
+                          choices=("small", "data"))
+    receptacles: int = setting(5, "alfworld: in a dealt house")
+    objects: int = setting(4, "alfworld: in a dealt house")
+    scene_text: bool = setting(True, "alfworld: the engine's words beside the picture")
+    all_commands: bool = setting(False, "alfworld: also commands that change nothing, such as look")
 
     # Not fields: where the settings are kept in the run folder, and what of them may change in mid-run. Those are where
     # to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and another
@@ -54,8 +63,18 @@ class ModelSettings:
     file, variant = "config.json", ""
     free = ("out", "model", "micro_batch_size", "play_batch_size", "save_every")
 
+    @property
+    def world(self):
+        """What env.make_game takes beside the task."""
+        return {name: getattr(self, name) for name in WORLD} if self.task == "alfworld" else {}
+
     def problem(self):
         """What is wrong with the settings, in words, or None."""
+        for name in WORLD if self.task != "alfworld" else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                return f"{_flag(name)} is for --task alfworld"
+        if min(self.receptacles, self.objects) < 3:
+            return "--receptacles and --objects must be 3 or more: no task fits into less"
         if unknown := set(self.target_modules or ()) - set(PARTS):
             return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
         for name, value in vars(self).items():
@@ -147,6 +166,13 @@ def default_of(cls, name, small):
     return cls.__dataclass_fields__[name].metadata["by_size"]["small" if small else "large"]
 
 
+def with_task_defaults(cls, given):
+    """Settings of what was given, and the task's own defaults."""
+    own = {name: value for name, value in TASK_DEFAULTS.get(given["task"], {}).items()
+           if name in cls.__dataclass_fields__}
+    return cls(**(own | given))
+
+
 def take_up(settings, adapters):
     """Rank and parts become those of adapters to go on with (lora.adapter_settings); ModelError if others were set."""
     for name in ("rank", "target_modules"):
@@ -224,7 +250,7 @@ def read_settings(cls, description, arguments=None):
     elif "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
     else:
-        settings = cls(**given)
+        settings = with_task_defaults(cls, given)
         if resume:
             parallel.say(f"there is no run in {config.parent} yet: this starts one")
     try:

@@ -26,6 +26,7 @@ from vlm.memory import check_weights, choose, free_bytes, prompt_size, said_of_m
 
 LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
 POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
+SHIPPED = {"pocket": POCKET, "pocket-alfworld": POCKET.with_name("pocket-alfworld")}
 
 
 def load_model(name: str, bits=32, device="cpu"):
@@ -117,7 +118,8 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
     name = why = str(model)
     if model == "auto":
         large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
-        name, other = (LLAVA_7B, "pocket") if large else ("pocket", LLAVA_7B)
+        own = "pocket-alfworld" if settings and settings.task == "alfworld" else "pocket"
+        name, other = (LLAVA_7B, own) if large else (own, LLAVA_7B)
         why = f"{name} ({'a' if large else 'no'} GPU with 20 GB is here; or --model {other})"
     base, adapters = name, None
     if (Path(name) / "adapter_config.json").exists():
@@ -128,9 +130,9 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
                                  "run, pass the model's present folder as --model with --resume")
             base = settings.model
         why = f"{base} with the adapters in {adapters}"
-    if base != "pocket" and Path(base).is_dir():
+    if base not in SHIPPED and Path(base).is_dir():
         base = str(Path(base).resolve())                        # adapters name it wherever they are read from
-    folder = str(POCKET) if base == "pocket" else base
+    folder = str(SHIPPED.get(base, base))
     config, checkpointing, memory = _config(folder), None, ""
     if device == "cpu" or is_small(config):
         bits = "32" if bits == "auto" else bits

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
-from env import GAMES
+from env import make_game
 from parse import make_prompt
 from plumbing.errors import ModelError
 from plumbing.settings import fill_in
@@ -153,7 +153,7 @@ def prompt_size(config, processor, task, cot=True):
     """(P, patches): tokens of a game's first prompt, and the patches that its picture is to the vision tower."""
     with torch.device("meta"):
         family = Family(AutoModelForImageTextToText.from_config(config), processor)
-    game = GAMES[task]()
+    game = make_game(task)
     picture, info = game.reset(seed=0)
     (images, ids), = family.encode([picture], [make_prompt(game, info, cot)])
     pixels = images["pixel_values"]                         # Qwen: (patches, values), else (…, height, width)
