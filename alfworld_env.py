@@ -136,11 +136,14 @@ class ALFWorld(Game):
 
     def _enter(self):
         """Begin in the house of self.number, and play self.commands."""
-        if self.houses == "data":
-            self.house = houses.from_data(self.number, self.split)
-        else:
-            self.house = houses.deal(self.number, self.split, self.receptacles, self.objects)
-        self.engine.load(self.house)
+        try:
+            if self.houses == "data":
+                self.house = houses.from_data(self.number, self.split)
+            else:
+                self.house = houses.deal(self.number, self.split, self.receptacles, self.objects)
+            self.engine.load(self.house)
+        except HouseError as error:
+            raise ModelError(str(error)) from error
         self.seen = {}
         self._remember()
         for command in self.commands:
@@ -155,7 +158,7 @@ class ALFWorld(Game):
         try:
             super().set_state(state)
             self._enter()
-        except (ValueError, HouseError):
+        except (ValueError, ModelError):
             if before and state is not before:
                 self.set_state(before)
             raise
