@@ -240,16 +240,16 @@ def open_run(run):
     if missing := set(PLAY_SETTINGS) - set(settings):
         raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
                          "its config.json): evaluate it with that version")
-    policy, _ = open_policy(str(last), settings["bits"], settings["temperature"])
+    policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"])
     return policy, settings
 
 
-def open_policy(model="auto", bits="auto", temperature=None):
+def open_policy(model="auto", bits="auto", temperature=None, task="blackjack"):
     """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
 
     policy, _ = open_policy("pocket") is all that an interactive prompt needs.
     """
-    loaded = open_model(model, bits)
+    loaded = open_model(model, bits, Settings(task=task))
     lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
     if temperature is None:
         temperature = default_of(Settings, "temperature", is_small(loaded.model.config))
@@ -288,7 +288,7 @@ def make_player(options, given):
         if settings["task"] != options.task:
             print(f"note: {name} was trained on {settings['task']}")
     else:
-        policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"))
+        policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"), options.task)
         size = default_of(Settings, "play_batch_size", is_small(policy.model.config))
         settings |= {"play_batch_size": size} | given
     return model_player(policy, options.seed, settings["cot"], settings["max_new_tokens"], options.greedy,

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from env import GAMES
+from env import GAMES, TASKS, make_game
 from extras.machine import machine, matmul_rate, memory_now, peak_memory, seconds
 from extras.published import compare
 from extras.shapes import byte_processor, llava_7b_config, random_model
-from plumbing.settings import Settings, add_flags
+from plumbing.settings import Settings, add_flags, with_task_defaults
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout
 from train import Run, make_policy
@@ -83,17 +83,17 @@ def update_flops(policy, prompt_tokens, answer_tokens):
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
-def game_rates(steps=3000):
-    """{task: steps a second} of one game with its picture under random play, on one core."""
+def game_rates(tasks=tuple(GAMES), steps=3000):
+    """{task: steps a second} of one game with its picture under random play, new deals among them, on one core."""
     def play(game):
-        for action in game.np_random.integers(len(game.legal_actions()), size=steps).tolist():
-            _, _, terminated, truncated, _ = game.step(action)
+        for draw in game.np_random.random(size=steps).tolist():
+            _, _, terminated, truncated, _ = game.step(int(draw * len(game.legal_actions())))
             if terminated or truncated:
                 game.reset()
 
     rates = {}
-    for task in GAMES:
-        game = GAMES[task]()
+    for task in tasks:
+        game = make_game(task)
         game.reset(seed=0)
         rates[task] = round(steps / seconds(functools.partial(play, game), torch.device("cpu")))
     return rates
@@ -163,7 +163,7 @@ def profile(run):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket", help=f"pocket, {RANDOM_7B}, a hub name or a folder")
-    parser.add_argument("--task", default="blackjack", choices=GAMES)
+    parser.add_argument("--task", default="blackjack", choices=TASKS)
     add_flags(parser, Settings, FLAGS)
     parser.add_argument("--updates", type=int, default=2, help="updates to measure, after one to warm up")
     parser.add_argument("--answer-tokens", type=int, default=100, help=f"length of every answer of {RANDOM_7B}")
@@ -195,7 +195,8 @@ def main(arguments=None):
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gb / total))
     # lr 0 and no early end: every update does the same work on the same policy
-    settings = Settings(task=options.task, model=options.model, target_kl=0.0, sft_steps=0, **given)
+    given |= {"task": options.task, "model": options.model, "target_kl": 0.0, "sft_steps": 0}
+    settings = with_task_defaults(Settings, given)
     if problem := settings.problem():
         parser.error(problem)
     settings.lr = settings.value_lr = 0.0
@@ -219,7 +220,7 @@ def main(arguments=None):
         if loaded:                                                                          # nothing ends early
             policy.may_close, policy.suppress_tokens[policy.tokenizer.eos_token_id] = set(), True
         run = Run(settings, policy)
-        figures["games_steps_per_s"] = game_rates()
+        figures["games_steps_per_s"] = game_rates((options.task,)) if options.task not in GAMES else game_rates()
         measured, rollout = measure(run, options.updates)
         figures |= {"bits": settings.bits} | measured
         if options.profile:

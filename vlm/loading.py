@@ -109,16 +109,16 @@ class Loaded(Found):
 def find_model(model="auto", bits="auto", settings=None) -> Found:
     """Return Found for a command line's words.
 
-    model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket", a hub name, a
+    model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket" (the task's own), a
     model folder, or a folder of adapters that sft.py or train.py wrote: then their base.
     bits: "auto" is 32 on a CPU and for the pocket model; else 16 where training so fits the GPU's free memory, or 4.
     settings: of the training to come, which memory.choose asks; without any, train.py's defaults.
     """
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    name = why = str(model)
+    own = "pocket-alfworld" if settings and settings.task == "alfworld" else "pocket"       # another vocabulary
+    name = why = own if model == "pocket" else str(model)
     if model == "auto":
         large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
-        own = "pocket-alfworld" if settings and settings.task == "alfworld" else "pocket"
         name, other = (LLAVA_7B, own) if large else (own, LLAVA_7B)
         why = f"{name} ({'a' if large else 'no'} GPU with 20 GB is here; or --model {other})"
     base, adapters = name, None
