@@ -106,8 +106,8 @@ class ALFWorld(Game):
     split: "train" or "held out" (games/houses.py). scene_text: whether the prompt has the engine's words beside the
     picture. all_commands: whether commands that change nothing are legal too. Reward: 50 when the task is done, plus
     at every step the share of its goal conditions that hold (alfworld.env.tasks has them); −1 where an answer names
-    no command (rollout.py adds that). Success: the engine says `won`. action_space is as large as the longest list of
-    commands may be: ask legal_actions().
+    no command (rollout.py adds that to what PPO sees, returns leave it out). Success: the engine says `won`.
+    action_space is as large as the longest list of commands may be: ask legal_actions().
     """
 
     description = "You are in a house."

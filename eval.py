@@ -122,7 +122,7 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
             table.picture, reward, terminated, truncated, table.info = table.game.step(choice.index)
             returns[table.episode] += reward
             if terminated or truncated:
-                success[table.episode], goals[table.episode] = table.info["is_success"], reward > 0
+                success[table.episode], goals[table.episode] = table.info["is_success"], terminated and reward > 0
                 kinds[table.episode] = table.info.get("kind")
                 if watch:
                     watch(table.picture, None, table.episode)
@@ -265,13 +265,13 @@ def make_parser():
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", help="a run folder of train.py: its last checkpoint, its settings")
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
-    who.add_argument("--policy", help="random, expert or always:ACTION")
+    who.add_argument("--policy", help="random, expert, always:ACTION, or on alfworld heuristic")
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
     parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode, as a GIF or a PNG")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
-    settings = parser.add_argument_group("settings", "a run brings its own; the last three are for --model alone")
+    settings = parser.add_argument_group("settings", "a run brings its own; bits, cot, temperature: for --model")
     add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
 

@@ -83,7 +83,7 @@ class Prompt:
 class Policy(nn.Module):
     """See the file's header.
 
-    target_modules: the parts (keys of families.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
+    target_modules: the parts (of vlm.families.PARTS) that get adapters of rank r and α = 2 r while all else is frozen;
     () is no adapters, all weights learn. temperature divides the logits in sampling and in scoring alike.
     gradient_checkpointing: 0 for none, n for every n-th layer.
     base_name, base_hash: the model that saved adapters are made for, and a hash of its weights.
@@ -124,7 +124,7 @@ class Policy(nn.Module):
                 module.attention_dropout = 0.0
 
     def _set_mode(self, train):
-        """Without dropout train mode changes one thing: transformers checkpoints there, and keeps no cache."""
+        """Without dropout, train mode only turns gradient checkpointing on, and with it the cache off."""
         self.model.train(train)
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":       # by name: bitsandbytes is not imported without need
@@ -151,7 +151,8 @@ class Policy(nn.Module):
     def _collate(self, prompts, responses=None, shape=None):
         """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (…, B, P+T), P and T.
 
-        Every prompt ends at P-1 and every response begins at P, whatever their lengths. shape: P and T are its.
+        Every prompt ends at P-1 and every response begins at P, whatever their lengths. shape: (rows, P, T) to pad to;
+        without one, to the batch's own longest.
         """
         responses = responses or [[] for _ in prompts]
         _, P, T = shape or (None, max(len(p.ids) for p in prompts), max(len(r) for r in responses))

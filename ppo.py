@@ -82,8 +82,8 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
 
     policy: anything with `logprobs(prompts, responses, shape) → (logp, mask, value)`, `prompt_hidden` and `value_head`,
     such as policy.Policy. optimizer: its first group of parameters is the policy's, its second the value head's.
-    rollout: rollout.Rollout, scored and with advantages. settings: settings.Settings. generator: torch.Generator on the
-    CPU, for the order of samples. Under torchrun every process passes its own samples, 1/size of each minibatch.
+    rollout: rollout.Rollout, scored and with advantages. settings: plumbing.settings.Settings. generator: a CPU one,
+    for the order of samples. Under torchrun every process passes its own samples, 1/size of each minibatch.
     Raises FloatingPointError where a loss or a gradient is not finite.
     """
     history, ratio_error = [], 0.0                          # diagnostics of each minibatch; max |ρ − 1| before a step

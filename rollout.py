@@ -160,7 +160,7 @@ def score_rollout(policy, rollout: Rollout, settings):
         starts = rollout.action_starts[group].to(logp.device)
         rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
         rollout.old_values[group] = values.cpu()
-        action = answer_logprob(logp, mask, starts, 0.0).sum()
+        action = answer_logprob(logp, mask, starts, cot_lambda=0.0).sum()                   # the action parts alone
         rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
 
 

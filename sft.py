@@ -271,7 +271,7 @@ def _teach(settings, folder):
 
 
 def planned(settings):
-    """What memory.choose asks: this course as if it were RL of the same adapters, which takes more."""
+    """What vlm.memory.choose asks: this course as if it were RL of the same adapters, which takes more."""
     return Settings(task=settings.task, rank=settings.rank, target_modules=settings.target_modules, cot=settings.cot,
                     micro_batch_size=settings.micro_batch_size,
                     gradient_checkpointing=settings.gradient_checkpointing, **settings.world)

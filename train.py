@@ -1,4 +1,4 @@
-"""RL fine-tuning of a vision-language model on a card game: the whole of RL4VLM in one loop.
+"""RL fine-tuning of a vision-language model on a game: the whole of RL4VLM in one loop.
 
     python train.py --task blackjack                       # two CPU cores: the pocket model; a 20 GB GPU: LLaVA-1.6-7B
     python train.py --task numberline --no-cot --seed 2
@@ -31,7 +31,7 @@ from eval import evaluate, model_player
 from plumbing import parallel
 from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from plumbing.errors import ModelError, foreign, in_words, unheard
-from plumbing.settings import Settings, default_of, fill_in, read_settings, take_up
+from plumbing.settings import ModelSettings, Settings, default_of, fill_in, read_settings, take_up
 from policy import Policy
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
@@ -118,9 +118,9 @@ def set_learning_rates(run):
 def record(run, folder, rollout, learned, spent):
     """Write an update's lines into the run folder; return (metrics, (the first game's last Choice, its reward))."""
     metrics = play_metrics(rollout, run.settings) | learned | value_metrics(rollout)
-    choice, reward = sample = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()
+    choice, reward = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()
     if parallel.rank():
-        return metrics, sample
+        return metrics, (choice, reward)
     head = {"update": run.update, "env_steps": run.update * run.settings.batch_size,
             "lr": run.optimizer.param_groups[0]["lr"]}
     append_line(folder / "metrics.jsonl", head | metrics)
@@ -128,7 +128,7 @@ def record(run, folder, rollout, learned, spent):
                                                       "named": choice.named, "reward": reward})
     append_line(folder / "timing.jsonl", {"update": run.update, "rollout_s": round(spent[0], 2),
                                           "update_s": round(spent[1], 2)})
-    return metrics, sample
+    return metrics, (choice, reward)
 
 
 def show(run, folder, metrics, choice, reward, spent, bar):
@@ -165,7 +165,7 @@ def held_out(run, when, path):
     asked = settings.eval_episodes, settings.eval_seed
     with foreign(path):
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if (result.get("episodes"), result.get("seed")) != asked:       # else of this very policy: a run was resumed here
+    if (result.get("episodes"), result.get("seed")) != asked:       # one that fits is this very policy's
         parallel.say(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …")
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
@@ -221,11 +221,9 @@ def starting_model(settings):
                      "then RL; the pocket model, which needs no GPU, is --model pocket")
         write_whole(folder.parent / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
         try:
-            teach(SFTSettings(task=settings.task, model=settings.model, bits=settings.bits, rank=settings.rank,
-                              target_modules=settings.target_modules, cot=settings.cot, seed=settings.seed,
-                              **settings.world,
-                              gradient_checkpointing=settings.gradient_checkpointing,
-                              micro_batch_size=settings.micro_batch_size, out=str(folder), steps=settings.sft_steps))
+            shared = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(ModelSettings)}
+            teach(SFTSettings(**shared, micro_batch_size=settings.micro_batch_size, out=str(folder),
+                              steps=settings.sft_steps))
         except FloatingPointError as error:
             raise ModelError(f"the first stage failed: {error}. Run sft.py by itself with it, and pass its folder as "
                              "--model to a new run") from error
@@ -238,7 +236,7 @@ def starting_model(settings):
 def make_policy(settings, checkpoint=None, loaded=None):
     """Return the Policy that the settings name; what hangs on the model's size is filled in.
 
-    checkpoint: a folder whose adapters go on, and which names their base. loaded: a loading.Loaded to use as it is.
+    checkpoint: a folder whose adapters go on, and which names their base. loaded: a vlm.loading.Loaded to use as it is.
     """
     if loaded is None:
         start = checkpoint or starting_model(settings)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from env import GAMES
+from plumbing.errors import in_words
 from plumbing.manifest import weights_hash
 from plumbing.settings import Settings, fill_in, fixed, read_settings, setting
 from policy import Prompt, ValueHead
@@ -32,6 +33,7 @@ from vlm.loading import POCKET, load_model
 @dataclass
 class FeatureSettings(Settings):
     """Those of train.py, without what only a language model has."""
+    task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(GAMES))
     taught: int = setting(0, "batches of 128 labels, 60 % of them random, to start from; RL needs a first success")
     model: str = fixed("features")
     bits: str = fixed("32")
@@ -43,7 +45,15 @@ class FeatureSettings(Settings):
     gradient_checkpointing: int = fixed(0)
     max_new_tokens: int = fixed(1)
     sft_steps: int = fixed(0)
+    houses: str = fixed("small")
+    receptacles: int = fixed(5)
+    objects: int = fixed(4)
+    scene_text: bool = fixed(True)
+    all_commands: bool = fixed(False)
     variant = "-features"
+
+    def problem(self):
+        return "--taught must not be negative" if self.taught < 0 else super().problem()
 
 
 class FeaturePolicy(nn.Module):
@@ -148,7 +158,8 @@ def teach(policy, task, steps, label_noise=0.6, batch_size=128, seed=11):
 
 
 def main(arguments=None):
-    settings, resume = read_settings(FeatureSettings, __doc__, arguments)
+    with in_words():
+        settings, resume = read_settings(FeatureSettings, __doc__, arguments)
     launch(settings, resume, make_features)
 
 

@@ -91,7 +91,7 @@ def build(out, seed=0, games=2400, steps=(300, 4000, 200)):
         states = [state for part in pool.starmap(play, [(2 * seed + k, games // 2) for k in (0, 1)]) for state in part]
     texts = [text for prompt, _, info in states[:6000]
              for text in (prompt, make_answer(info["commands"][0], thoughts(info, info["commands"][0])))]
-    processor = make_processor(make_tokenizer(texts, vocabulary=640, pieces=PIECES))
+    processor = make_processor(make_tokenizer(texts, vocabulary=2000, pieces=PIECES))
     policy = Policy(make_model(processor, seed, text_layers=4), processor, target_modules=(), seed=seed)
     print(f"{len(states)} states, {len(processor.tokenizer)} tokens, "
           f"{sum(p.numel() for p in policy.model.parameters()):,} weights", flush=True)

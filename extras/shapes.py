@@ -6,7 +6,7 @@
     model = random_model(llava_7b_config(processor), torch.device("cuda"), bits="4")
 
 Speed and memory do not hang on the weights' values; extras/bench.py measures this model. byte_processor's prompts have
-one token a byte, more than the real tokenizer's. Does not handle: real checkpoints (loading.load_model).
+one token a byte, more than the real tokenizer's. Does not handle: real checkpoints (vlm.loading.load_model).
 """
 
 import functools

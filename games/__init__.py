@@ -1,1 +1,1 @@
-"""What the card games of env.py stand on: their pictures, exact arithmetic, exact players."""
+"""What env.py and alfworld_env.py stand on: pictures, exact arithmetic, exact players; houses, who knows their way."""

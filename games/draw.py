@@ -4,7 +4,7 @@ Every card, letter and word is drawn once, four times too large, scaled down and
 a picture is then a NumPy canvas that sprites are copied onto, which is what makes the games fast.
 No asset files: the only font is the one inside Pillow.
 
-Does not handle: games (env.py), the resizing a model wants (policy.py).
+Does not handle: games (env.py), the resizing a model wants (vlm/families.py).
 """
 
 from functools import cache, lru_cache

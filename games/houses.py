@@ -1,6 +1,6 @@
 """Houses for ALFWorld's engine, dealt from a seed: a PDDL problem with one of the six kinds of household tasks.
 
-    house = deal(7)                     # the same on every machine; deal(7, "held out") is of another kind
+    house = deal(7)                     # the same on every machine; deal(7, "held out") is one of the other split
     house.sentence                      # what is to be done: "put a clean apple in dresser."
     house.problem                       # PDDL, for ALFWorld's own domain
 

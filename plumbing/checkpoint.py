@@ -103,12 +103,12 @@ def locked(folder):
         yield
 
 
-def claim(folder, resume, settings_file="config.json"):
+def claim(folder, resume):
     """Refuse a folder that this program did not write, or cannot go on with; drop what a kill left of its own."""
     folder = Path(folder)
     has_lines = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
     if not resume and (has_lines or list(folder.glob("checkpoint-*"))):
-        raise ModelError(f"{folder} holds a checkpoint or metrics but no {settings_file}: nothing tells whose they "
+        raise ModelError(f"{folder} holds a checkpoint or metrics but no config.json: nothing tells whose they "
                          "are, so nothing is touched; choose another --out")
     if resume and has_lines and not checkpoints(folder):
         raise ModelError(f"{folder} holds a run's metrics but no checkpoint (a copy of its results?): there is nothing "

@@ -4,7 +4,7 @@
     check(folder, base_hash, settings)                      # ModelError says what is not as it was
 
 Guards against damage and mix-ups, not against an enemy who writes a manifest too. Does not handle: when that is done
-(checkpoint.py, sft.py, loading.py).
+(checkpoint.py, sft.py, vlm/loading.py).
 """
 
 import hashlib

@@ -57,9 +57,9 @@ class ModelSettings:
     scene_text: bool = setting(True, "alfworld: the engine's words beside the picture")
     all_commands: bool = setting(False, "alfworld: also commands that change nothing, such as look")
 
-    # Not fields: where the settings are kept in the run folder, and what of them may change in mid-run. Those are where
-    # to and how often it is written, and for memory's sake the sizes of batches (sums round otherwise, and another
-    # play_batch_size draws other tokens), and the base model's place (its weights are held against their hash).
+    # Not fields: where the settings are kept in the run folder, and what of them may change in mid-run: where and how
+    # often it is written; the sizes of batches, for memory (sums then round otherwise, another play_batch_size draws
+    # other tokens); where the base model lies (its weights are held against their hash).
     file, variant = "config.json", ""
     free = ("out", "model", "micro_batch_size", "play_batch_size", "save_every")
 
@@ -102,7 +102,7 @@ class Settings(ModelSettings):
     cot_lambda: float = setting(0.5, "λ, the weight of the thoughts' log-probability, 0 to 1")
     gamma: float = setting(0.9, "discount")
     gae_lambda: float = setting(0.95, "of generalised advantage estimation")
-    reward_scale: float = setting(None, "of what GAE sees (0.1 on the formula games, 1 else; paper: 1)")
+    reward_scale: float = setting(None, "of what GAE sees (formula games: 0.1, alfworld: 0.02, else 1; paper: 1)")
     advantage_floor: float = setting(None, "advantages are divided by their standard deviation, by this at least",
                                      small=1.0, large=0.0)
     clip_coef: float = setting(0.1, "ε of the ratio")
@@ -117,7 +117,7 @@ class Settings(ModelSettings):
     lr_end: float = setting(1e-9, "where both end")
     max_grad_norm: float = setting(1.0, "policy's and value head's gradients are each scaled down to this (ours)")
     # before
-    sft_steps: int = setting(None, "batches of supervised fine-tuning before RL, from plain weights (sft.py)",
+    sft_steps: int = setting(None, "batches of supervised fine-tuning before RL, from plain weights (paper: 780)",
                              small=0, large=100)
     # keeping
     save_every: int = setting(1, "a checkpoint every so many updates")
@@ -145,9 +145,9 @@ class Settings(ModelSettings):
                      "reward_scale", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 return f"{_flag(name)} must be above 0"
-        for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "taught", "sft_steps",
+        for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "sft_steps",
                      "gradient_checkpointing"):
-            if (getattr(self, name, 0) or 0) < 0:
+            if (getattr(self, name) or 0) < 0:
                 return f"{_flag(name)} must not be negative"
         if self.batch_size < 2:
             return "--num-envs × --num-steps must be 2 or more: advantages are normalised over a rollout"
@@ -228,7 +228,8 @@ def _help(entry):
     default, by_size = entry.default, entry.metadata["by_size"]
     if by_size:
         default = f"{by_size['small']} pocket, {by_size['large']} else"
-    text = entry.metadata["help"] + ("" if default is None else f" [{default}]")
+    own = "".join(f"; {task}: {values[entry.name]}" for task, values in TASK_DEFAULTS.items() if entry.name in values)
+    text = entry.metadata["help"] + ("" if default is None else f" [{default}{own}]")
     return text.replace("%", "%%")                          # argparse formats it
 
 

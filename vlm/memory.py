@@ -81,8 +81,8 @@ def choose(config, settings, size, free):
 def memory_plan(config, settings, size) -> dict[str, int]:
     """{use: bytes} of training a model of a transformers configuration on one GPU in bf16; see the file's header.
 
-    settings: settings.Settings with bits and gradient_checkpointing; what else is open gets a large model's default.
-    size: prompt_size's (P, patches).
+    settings: plumbing.settings.Settings with bits and gradient_checkpointing; what else is open gets a large model's
+    default. size: prompt_size's (P, patches).
     """
     settings, (prompt_tokens, patches) = copy.copy(settings), size
     fill_in(settings, small=False)
