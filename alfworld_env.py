@@ -18,13 +18,14 @@ import shutil
 import sys
 import tempfile
 import weakref
+import zlib
 from pathlib import Path
 
 import gymnasium
 
 from env import Game
 from games import household, houses
-from games.houses import HouseError
+from games.houses import SPLITS, HouseError
 from games.scene import draw_scene
 from plumbing.errors import ModelError
 
@@ -32,8 +33,9 @@ try:
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
     from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+    from textworld import logic
     from textworld.envs.pddl import PddlEnv, textgen
-    from textworld.logic import Rule
+    from textworld.envs.pddl import logic as pddl_logic
 except ImportError as error:
     raise ModelError("--task alfworld needs ALFWorld's engine: pip install -r extras/requirements-alfworld.txt "
                      f"({error})") from error
@@ -44,8 +46,15 @@ EMPTY = ("help", "look", "inventory", "examine ")           # commands that chan
 
 # The engine parses the same grammar and the same queries at every step; remembered, a step takes a third of the time.
 textgen._parse_and_convert = functools.lru_cache(maxsize=None)(textgen._parse_and_convert)
-Rule.parse_conjunctive_query = functools.lru_cache(maxsize=None)(Rule.parse_conjunctive_query)
+logic.Rule.parse_conjunctive_query = functools.lru_cache(maxsize=None)(logic.Rule.parse_conjunctive_query)
+_PARSERS = (textgen._PARSER, pddl_logic._PARSER, logic._PARSER)
 _spare = []                     # engines whose game is gone: each holds 34 MB of a library until the program ends
+
+
+def _forget():
+    """The engine's parsers keep the last exception that they met, and with it all that was on the stack: a rollout."""
+    for parser in _PARSERS:
+        parser._furthest_exception = None
 
 
 class Engine:
@@ -68,9 +77,11 @@ class Engine:
             raise HouseError(f"ALFWorld's engine cannot read this house: {type(error).__name__} {error}") from error
         finally:
             sys.argv = arguments
+            _forget()
 
     def step(self, command):
         self._take(self.game.step(command)[0])
+        _forget()
 
     def _take(self, state):
         self.said, self.won, self.commands = state.feedback, state["won"], tuple(state["admissible_commands"])
@@ -88,8 +99,11 @@ def _own_temporary_folder():
     """Let the engine's copy of its library lie where the next program finds it, if a kill leaves it behind."""
     here = Path(tempfile.gettempdir()) / f"alfworld-engines-{os.getuid()}"
     own, before = here / str(os.getpid()), tempfile.tempdir
-    own.mkdir(parents=True, exist_ok=True)
-    for left in here.iterdir():
+    here.mkdir(mode=0o700, exist_ok=True)
+    if here.stat().st_uid != os.getuid():
+        raise ModelError(f"{here} is another user's: set TMPDIR to a folder of your own")
+    own.mkdir(exist_ok=True)
+    for left in here.iterdir() if Path("/proc/self").exists() else ():
         if left.name.isdecimal() and not Path(f"/proc/{left.name}").exists():
             shutil.rmtree(left, ignore_errors=True)
     tempfile.tempdir = str(own)
@@ -107,19 +121,23 @@ class ALFWorld(Game):
     picture. all_commands: whether commands that change nothing are legal too. Reward: 50 when the task is done, plus
     at every step the share of its goal conditions that hold (alfworld.env.tasks has them); −1 where an answer names
     no command (rollout.py adds that to what PPO sees, returns leave it out). Success: the engine says `won`.
-    action_space is as large as the longest list of commands may be: ask legal_actions().
+    action_space is as large as the longest list of commands may be, so a sampled action may be refused: draw from
+    legal_actions().
     """
 
     description = "You are in a house."
     separator, unnamed_reward, max_steps = "\n", NOT_NAMED, 50
-    fields = ("number", "commands")
+    fields = ("number", "checksum", "commands")      # of the house; the checksum tells whether it is dealt the same
     actions = range(256)        # so large is action_space; which texts they stand for legal_actions() says
 
     def __init__(self, split="train", houses="small", receptacles=5, objects=4, scene_text=True, all_commands=False,
                  render_mode=None):
         self.split, self.houses, self.receptacles, self.objects = split, houses, receptacles, objects
         self.scene_text, self.all_commands = scene_text, all_commands
+        if houses not in ("small", "data") or split not in SPLITS:
+            raise ValueError(f"houses is small or data, split one of {SPLITS}, not {houses!r} and {split!r}")
         self.engine = _spare.pop() if _spare else Engine()
+        self.engine.commands = ()
         weakref.finalize(self, _spare.append, self.engine)
         super().__init__(render_mode)
 
@@ -133,47 +151,58 @@ class ALFWorld(Game):
     def _deal(self):
         self.number, self.commands = int(self.np_random.integers(2**31)), []
         self._enter()
+        self.checksum = zlib.crc32(self.house.problem.encode())
 
-    def _enter(self):
-        """Begin in the house of self.number, and play self.commands."""
+    def _enter(self, house=None):
+        """Begin in the house of self.number, or in one that is there already, and play self.commands."""
         try:
-            if self.houses == "data":
-                self.house = houses.from_data(self.number, self.split)
-            else:
-                self.house = houses.deal(self.number, self.split, self.receptacles, self.objects)
-            self.engine.load(self.house)
+            if house is None and self.houses == "data":
+                house = houses.from_data(self.number, self.split)
+            elif house is None:
+                house = houses.deal(self.number, self.split, self.receptacles, self.objects)
+            self.house = house
+            self.engine.load(house)
         except HouseError as error:
             raise ModelError(str(error)) from error
-        self.seen = {}
-        self._remember()
+        self.at, self.seen = None, {}
         for command in self.commands:
-            if command not in self.engine.commands:
+            if command not in self.legal_actions():
                 raise ValueError(f"not a state that ALFWorld can be in: {command!r} is no command there")
-            self.engine.step(command)
-            self._remember()
+            self._send(command)
+
+    def _send(self, command):
+        """One command to the engine, and what the agent learns by it: where it is, what lies open there."""
+        self.engine.step(command)
+        if command.startswith("go to "):
+            self.at = command.removeprefix("go to ")
+        self.seen |= self._contents()
 
     def set_state(self, state):
         """Go on from get_state's state: its house is dealt again, its commands are played again (exact)."""
-        before = self.get_state() if hasattr(self, "over") else None
+        before = dict(vars(self))
         try:
             super().set_state(state)
             self._enter()
+            if zlib.crc32(self.house.problem.encode()) != self.checksum or (self.engine.won and not self.over):
+                raise ValueError("not a state of this ALFWorld: it was in another house (other settings or files?)")
         except (ValueError, ModelError):
-            if before and state is not before:
-                self.set_state(before)
+            vars(self).clear()
+            vars(self).update(before)
+            if "house" in before:
+                self._enter(self.house)
             raise
 
     def _is_possible(self):
         return (type(self.number) is int and 0 <= self.number < 2**31 and isinstance(self.commands, list)
-                and all(isinstance(command, str) for command in self.commands) and len(self.commands) == self.steps)
+                and all(isinstance(command, str) for command in self.commands) and len(self.commands) == self.steps
+                and type(self.checksum) is int)
 
     def _is_success(self):
         return bool(self.engine.won)
 
     def _play(self, action):
         self.commands.append(action)
-        self.engine.step(action)
-        self._remember()
+        self._send(action)
         return WON * self.engine.won + self.goal_share(), bool(self.engine.won)
 
     def goal_share(self):
@@ -184,7 +213,8 @@ class ALFWorld(Game):
                   if household.kind_of(name) == house.target and household.kind_of(where) == house.place]
         if act == "light":
             held = [name for _, name in facts.get("holds", ()) if household.kind_of(name) == house.target]
-            lit = [name for name, in facts.get("istoggled", ()) if name in (self._inside() or ())]
+            lit = [name for name, in facts.get("istoggled", ())
+                   if household.kind_of(name) == house.lamp and name in sum(self._contents().values(), [])]
             return (bool(held) + bool(lit)) / 2
         if count == 2:
             where = [place for name, place in facts["inreceptacle"] if name in placed]
@@ -196,43 +226,36 @@ class ALFWorld(Game):
         return (bool(placed) + bool(done) + bool({*placed} & {*done})) / 3
 
     # ---- what the agent sees
-    def _here(self):
-        """The present receptacle's name, or None in the middle of the room."""
+    def _near(self):
+        """The names of the receptacles at the agent's place: one in dealt houses, in the data set's sometimes more."""
         facts = self.engine.facts
         [(_, place)] = facts["atlocation"]
-        return next((name for name, where in facts["receptacleatlocation"] if where == place), None)
+        return sorted(name for name, where in facts["receptacleatlocation"] if where == place)
 
-    def _shut(self):
-        facts, here = self.engine.facts, (self._here(),)
-        return here in facts.get("openable", ()) and here not in facts.get("opened", ())
-
-    def _inside(self):
-        """The names of what lies at the present place; None where there is none, or its door is shut."""
-        here = self._here()
-        if here is None or self._shut():
-            return None
-        return sorted(name for name, where in self.engine.facts.get("inreceptacle", ()) if where == here)
-
-    def _remember(self):
-        if (inside := self._inside()) is not None:
-            self.seen[self._here()] = inside
+    def _contents(self):
+        """{receptacle: names of what lies there} for those at the agent's place that one can see into."""
+        facts = self.engine.facts
+        seen_into = [name for name in self._near()
+                     if (name,) not in facts.get("openable", ()) or (name,) in facts.get("opened", ())]
+        return {name: sorted(thing for thing, where in facts.get("inreceptacle", ()) if where == name)
+                for name in seen_into}
 
     def _info(self):
-        facts, house = self.engine.facts, self.house
+        facts, house, contents, near = self.engine.facts, self.house, self._contents(), self._near()
         held = next((name for _, name in facts.get("holds", ())), None)
         badges = [badge for badge in household.BADGES.values() if (held,) in facts.get(f"is{badge}", ())]
         scene = self.engine.said.split("=-\n\n")[-1].split("\n\nYour task")[0]          # without welcome and task
-        return {"task": house.sentence, "kind": house.kind, "scene": scene, "at": self._here(), "shut": self._shut(),
-                "inside": self._inside(), "holding": held, "badges": badges,
+        return {"task": house.sentence, "kind": house.kind, "scene": scene, "at": self.at, "near": near,
+                "shut": self.at in near and self.at not in contents, "contents": contents,
+                "inside": sorted(sum(contents.values(), [])) if contents else None, "holding": held, "badges": badges,
                 "receptacles": sorted(name for name, _ in facts["receptacleatlocation"]),
                 "goal": {"act": houses.TASKS[house.kind][0], "target": house.target, "place": house.place,
                          "lamp": house.lamp},
-                "seen": dict(self.seen), "commands": list(self.legal_actions())}
+                "seen": {name: list(things) for name, things in self.seen.items()},
+                "commands": list(self.legal_actions())}
 
     def _draw(self):
-        info = self._info()
-        return draw_scene(info["receptacles"], info["at"], info["shut"], info["inside"], info["holding"],
-                          info["badges"])
+        return draw_scene(self._info())
 
 
 if "alfworld/Household-v0" not in gymnasium.registry:

@@ -233,22 +233,7 @@ def _teach(settings, folder):
     parallel.say(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations")
     if settings.full and (loaded.adapters or loaded.bits != "32"):
         raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
-    small, adapters = is_small(loaded.model.config), {}
-    if loaded.adapters:
-        adapters = adapter_settings(loaded.adapters)
-        take_up(settings, adapters)
-    if settings.gradient_checkpointing is None:
-        settings.gradient_checkpointing = loaded.checkpointing
-    fill_in(settings, small)
-    parts = () if settings.full else settings.target_modules or tuple(PARTS)
-    policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), parts, seed=settings.seed,
-                    gradient_checkpointing=settings.gradient_checkpointing, base_name=loaded.base,
-                    base_hash=loaded.weights_hash)
-    if settings.full:
-        settings.rank = None                                # there are no adapters
-    if loaded.adapters:
-        policy.load_adapters(loaded.adapters)
-    settings.bits = loaded.bits                             # "auto" could be another number the next time
+    policy = policy_for(settings, loaded)
     write_whole(folder / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot, settings.world)
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
@@ -268,6 +253,29 @@ def _teach(settings, folder):
     to_disk(folder)                                         # before the checkpoints go
     clean_up(folder)
     parallel.say(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
+
+
+def policy_for(settings, loaded):
+    """Return the Policy of a loaded model and its adapters, for this file's settings or for RL's.
+
+    What was left open in the settings is filled in; where they have no temperature it is 1.
+    """
+    full, adapters = getattr(settings, "full", False), {}
+    settings.bits = loaded.bits                             # "auto" could be another number the next time
+    if loaded.adapters:
+        adapters = adapter_settings(loaded.adapters)
+        take_up(settings, adapters)
+    if settings.gradient_checkpointing is None:
+        settings.gradient_checkpointing = loaded.checkpointing
+    fill_in(settings, is_small(loaded.model.config))
+    parts = () if full else settings.target_modules or tuple(PARTS)
+    policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), parts,
+                    getattr(settings, "temperature", 1.0), settings.seed, settings.gradient_checkpointing, loaded.base,
+                    loaded.weights_hash)
+    settings.rank, settings.target_modules = (None, None) if full else (settings.rank, parts)
+    if loaded.adapters:
+        policy.load_adapters(loaded.adapters)
+    return policy
 
 
 def planned(settings):

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import doctest
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -24,6 +25,7 @@ import socket
 import subprocess
 import sys
 import warnings
+import weakref
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -2240,8 +2242,14 @@ def test_houses_are_seeded_and_the_held_out_ones_are_others(alfworld):
     assert not train[0] & held_out[0] and not train[1] & held_out[1]
     large = houses.deal(3, "held out", receptacles=12, objects=9)
     assert len(large.layout) == 12 and objects_of(large) == 9
-    with pytest.raises(houses.HouseError, match="3 receptacles and 3 objects"):
+    with pytest.raises(houses.HouseError, match="4 to 40 receptacles"):
         houses.deal(0, receptacles=2)
+    for kind in houses.TASKS:                                           # the held-out tasks are of many sorts
+        assert len({(house.target, house.place) for house in (houses.deal(number, "held out") for number in range(1500))
+                    if house.kind == kind}) >= 15, kind
+    for split in houses.SPLITS:                                         # the smallest and the largest can be dealt
+        for size in ((4, 3), (40, 40)):
+            assert all(houses.deal(number, split, *size) for number in range(60))
 
 
 @pytest.mark.parametrize("split", ["train", "held out"])
@@ -2326,10 +2334,58 @@ def test_a_saved_household_goes_on_exactly(alfworld):
     a, b = game.reset(), twin.reset()                                   # the next deal too
     assert np.array_equal(a[0], b[0]) and a[1] == b[1]
     before = game.get_state()
-    for changes in ({"number": -1}, {"commands": ["go to mars 1"], "steps": 1}, {"commands": [7], "steps": 1}):
-        with pytest.raises(ValueError, match="not a state that"):
-            game.set_state(before | changes)
-        assert game.get_state() == before and game.observe()[1] == a[1]
+    for changes in ({"number": -1}, {"commands": ["go to mars 1"], "steps": 1}, {"commands": [7], "steps": 1},
+                    {"number": before["number"] + 1}, {"commands": ["look"], "steps": 1}):
+        for one in (game, env.make_game("alfworld")):                   # in mid-play, and before any
+            with pytest.raises(ValueError, match="not a state"):
+                one.set_state(before | changes)
+        assert game.get_state() == before and game.observe()[1] == a[1] and not hasattr(one, "over")
+    with pytest.raises(ValueError, match="another house"):
+        env.make_game("alfworld", split="held out").set_state(before)
+
+
+def test_games_that_are_over_leave_nothing_behind(alfworld, tmp_path, monkeypatch):
+    """Rollouts are freed, engines go on to the next game, what a killed program left of their library is removed."""
+    class Kept:
+        pass
+
+    alive = []
+
+    def play_some():
+        mine = Kept()                                                   # such as a rollout, with its image features
+        alive.append(weakref.ref(mine))
+        games = [env.make_game("alfworld") for _ in range(3)]
+        for seed, game in enumerate(games):
+            household_episode(game, seed, lambda game, _: game.legal_actions()[-1])
+
+    monkeypatch.setattr(alfworld, "_spare", spare := [])
+    play_some()
+    play_some()
+    gc.collect()
+    assert not any(one() for one in alive) and len(spare) == 3
+    monkeypatch.setattr(alfworld.tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"alfworld-engines-{os.getuid()}" / "999999999"
+    left.mkdir(parents=True)
+    spare.clear()
+    env.make_game("alfworld")
+    assert not left.exists() and not list(left.parent.iterdir()) and alfworld.tempfile.tempdir == str(tmp_path)
+
+
+def test_receptacles_that_share_a_place(alfworld, monkeypatch):
+    """As in the data set: one goes to the one that was named, sees what lies in all that are open, and still wins."""
+    house, won = houses.deal(5), []
+    problem = house.problem.replace("loc_bar_2 - location\n", "").replace("loc_bar_2", "loc_bar_1")
+    shared = dataclasses.replace(house, problem=problem)
+    monkeypatch.setattr(houses, "deal", lambda *_: shared)
+    game = env.make_game("alfworld")
+    for choose in (lambda _, info: household.next_step(info)[1],
+                   lambda _, info: household.next_step(info, memory=False)[1]):
+        steps, last = household_episode(game, 0, choose)
+        won.append(last["is_success"])
+        for (_, command, _), (after, *_) in itertools.pairwise(steps):
+            if command.startswith("go to "):
+                assert after["at"] == command.removeprefix("go to ") and after["at"] in after["near"]
+    assert won == [True, True] and any(len(info["near"]) == 2 for info, *_ in steps)
 
 
 def test_nothing_hidden_is_shown(alfworld):
@@ -2396,7 +2452,7 @@ def test_engine_memory_changes_no_word(alfworld, monkeypatch):
 
     remembered = transcript()
     monkeypatch.setattr(alfworld.textgen, "_parse_and_convert", alfworld.textgen._parse_and_convert.__wrapped__)
-    monkeypatch.setattr(alfworld.Rule, "parse_conjunctive_query", alfworld.Rule.parse_conjunctive_query.__wrapped__)
+    monkeypatch.setattr(alfworld.logic.Rule, "parse_conjunctive_query", alfworld.logic.Rule.parse_conjunctive_query.__wrapped__)
     assert transcript() == remembered
 
 
@@ -2438,7 +2494,10 @@ def test_what_the_engine_cannot_do_is_said(alfworld, monkeypatch):
     before = list(sys.argv)
     alfworld.Engine().load(houses.deal(0))
     assert sys.argv == before
-    for flags, message in ((["--receptacles", "2"], "3 or more"), (["--task", "blackjack", "--objects", "5"],
+    lost = dataclasses.replace(houses.deal(0), problem=re.sub(r"\(canContain .*\)\n", "", houses.deal(0).problem))
+    with pytest.raises(houses.HouseError, match="cannot read this house"):           # no way to the goal
+        alfworld.Engine().load(lost)
+    for flags, message in ((["--receptacles", "2"], "4 to 40"), (["--task", "blackjack", "--objects", "5"],
                                                                    "is for --task alfworld")):
         with pytest.raises(SystemExit, match=message):
             evaluation.main(["--task", "alfworld", "--policy", "random", "--episodes", "1", *flags])

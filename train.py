@@ -31,14 +31,11 @@ from eval import evaluate, model_player
 from plumbing import parallel
 from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from plumbing.errors import ModelError, foreign, in_words, unheard
-from plumbing.settings import ModelSettings, Settings, default_of, fill_in, read_settings, take_up
-from policy import Policy
+from plumbing.settings import ModelSettings, Settings, default_of, read_settings
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from sft import SFTSettings, teach
-from vlm.families import PARTS
+from sft import SFTSettings, policy_for, teach
 from vlm.loading import find_model, is_small, open_model
-from vlm.lora import adapter_settings
 
 
 class Run:
@@ -243,21 +240,7 @@ def make_policy(settings, checkpoint=None, loaded=None):
         loaded = open_model(start, settings.bits, settings)
         if start != settings.model:
             parallel.say(f"model: {loaded.why}")
-    settings.bits, adapters = loaded.bits, {}
-    if loaded.adapters:
-        adapters = adapter_settings(loaded.adapters)
-        take_up(settings, adapters)
-    small = is_small(loaded.model.config)
-    if settings.gradient_checkpointing is None:
-        settings.gradient_checkpointing = loaded.checkpointing
-    fill_in(settings, small)
-    settings.target_modules = settings.target_modules or tuple(PARTS)
-    policy = Policy(loaded.model, loaded.processor, settings.rank, adapters.get("alpha"), settings.target_modules,
-                    settings.temperature, settings.seed, settings.gradient_checkpointing, loaded.base,
-                    loaded.weights_hash)
-    if loaded.adapters:
-        policy.load_adapters(loaded.adapters)
-    return policy
+    return policy_for(settings, loaded)
 
 
 def launch(settings, resume, make=make_policy):

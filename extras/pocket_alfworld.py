@@ -52,10 +52,6 @@ def play(seed, games, follow=0.7) -> list[tuple[str, str, dict]]:
     return found
 
 
-def picture_of(info):
-    return draw_scene(info["receptacles"], info["at"], info["shut"], info["inside"], info["holding"], info["badges"])
-
-
 def captions(states, seed) -> Iterator[list[Demonstration]]:
     """Batches that only say what the picture shows: the first lesson."""
     generator = np.random.default_rng(seed)
@@ -64,8 +60,8 @@ def captions(states, seed) -> Iterator[list[Demonstration]]:
         for i in generator.integers(len(states), size=64):
             info = states[i][2]
             held = "nothing" if info["holding"] is None else " ".join([*info["badges"], kind_of(info["holding"])])
-            seen = "shut" if info["shut"] else " ".join(kind_of(name) for name in info["inside"] or ("nothing",))
-            batch.append(Demonstration(picture_of(info), "Read the picture.", make_answer(f"Holding {held}. {seen}")))
+            seen = "shut" if info["shut"] else " ".join(map(kind_of, info["inside"] or ())) or "nothing"
+            batch.append(Demonstration(draw_scene(info), "Read the picture.", make_answer(f"Holding {held}. {seen}")))
         yield batch
 
 
@@ -80,7 +76,7 @@ def answers(states, seed, noise) -> Iterator[list[Demonstration]]:
             if generator.random() < noise:
                 label = info["commands"][generator.integers(len(info["commands"]))]
             cot = generator.random() > 1 / 8
-            batch.append(Demonstration(picture_of(info), prompt if cot else short,
+            batch.append(Demonstration(draw_scene(info), prompt if cot else short,
                                        make_answer(label, thoughts(info, label) if cot else None)))
         yield batch
 

@@ -24,60 +24,53 @@ def next_step(info: dict, memory=True) -> tuple[str, str]:
 
     memory=False: the heuristic, which knows of no place but the present one.
     """
-    goal, here, held, commands = info["goal"], info["at"], info["holding"], info["commands"]
-    seen = info["seen"] if memory else ({here: info["inside"]} if info["inside"] is not None else {})
+    goal, held, commands = info["goal"], info["holding"], info["commands"]
+    seen = info["seen"] if memory else info["contents"]
     act, target, place, lamp = goal["act"], goal["target"], goal["place"], goal["lamp"]
     # where it belongs; of several such places the one that holds most of its kind already
     homes = sorted((r for r in info["receptacles"] if kind_of(r) == place),
-                   key=lambda r: -sum(kind_of(name) == target for name in seen.get(r) or ()))
+                   key=lambda r: -sum(kind_of(name) == target for name in seen.get(r, ())))
     home = homes[0] if homes else None
     if held and kind_of(held) != target:
-        return _leave(info, held)
+        return "leave it", _leave(info, held)
     if held:
         if act in TOOLS and BADGES[act] not in info["badges"]:
-            do = f"{act} {held} with {here}"
-            return f"{act} it", do if do in commands else _to(info, [r for r in info["receptacles"]
-                                                                    if kind_of(r) == TOOLS[act]])
+            tool = next(r for r in info["receptacles"] if kind_of(r) == TOOLS[act])
+            do = f"{act} {held} with {tool}"
+            return f"{act} it", do if do in commands else f"go to {tool}"
         if act == "light":
-            lamps = [name for name in info["inside"] or () if kind_of(name) == lamp]
-            if lamps and f"use {lamps[0]}" in commands:
-                return f"use the {lamp}", f"use {lamps[0]}"
-            return f"find the {lamp}", _search(info, seen, lamp)
-        return "put it", _to(info, [home], f"move {held} to {home}")
-    wanted = [name for name in info["inside"] or () if kind_of(name) == target]
-    if wanted and (here != home or act in TOOLS):
-        return "take it", f"take {wanted[0]} from {here}"
-    left = {r: things for r, things in seen.items() if r != home or act in TOOLS}
-    return f"find {target}", _search(info, left | ({home: []} if home in seen else {}), target)
-
-
-def _to(info, places, do=None):
-    """The command that goes on towards one of these places; there, opened where it is shut, `do`."""
-    if info["at"] in places:
-        return f"open {info['at']}" if info["shut"] else do
-    return f"go to {places[0]}"
+            lit = next((c for c in commands if c.startswith(f"use {lamp} ")), None)
+            return (f"use the {lamp}", lit) if lit else (f"find the {lamp}", _search(info, seen, lamp))
+        if home in info["near"]:
+            do = f"move {held} to {home}"
+            return "put it", do if do in commands else f"open {home}"
+        return "put it", f"go to {home}"
+    placed = home if act not in TOOLS else None             # what lies there is done with
+    for r, names in info["contents"].items():
+        for name in names:
+            if r != placed and kind_of(name) == target:
+                return "take it", f"take {name} from {r}"
+    left = {r: names if r != placed else [] for r, names in seen.items()}
+    return f"find {target}", _search(info, left, target)
 
 
 def _search(info, seen, kind):
     """The command that looks for a kind of thing: where it was seen, else at the next place not seen yet."""
-    here, names = info["at"], info["receptacles"]
-    known = [r for r, things in seen.items() if r != here and any(kind_of(name) == kind for name in things or ())]
+    names, near = info["receptacles"], info["near"]
+    known = [r for r, things in seen.items() if r not in near and any(kind_of(name) == kind for name in things)]
     if known:
         return f"go to {known[0]}"
-    if here and info["shut"]:
-        return f"open {here}"
-    start = names.index(here) + 1 if here else 0
-    others = [r for r in (*names[start:], *names[:start]) if r != here]
+    if shut := [r for r in near if r not in info["contents"]]:
+        return f"open {shut[0]}"
+    start = names.index(info["at"]) + 1 if near else 0
+    others = [r for r in (*names[start:], *names[:start]) if r not in near]
     return f"go to {next((r for r in others if r not in seen), others[0])}"
 
 
 def _leave(info, held):
     """Put down what is not wanted: here where that is possible, else at the next place."""
-    if info["shut"]:
-        return "leave it", f"open {info['at']}"
-    if info["at"] and f"move {held} to {info['at']}" in info["commands"]:
-        return "leave it", f"move {held} to {info['at']}"
-    return "leave it", _search(info, {}, "")
+    here = [c for c in info["commands"] if c.startswith(f"move {held} to ")]
+    return here[0] if here else _search(info, {}, "")
 
 
 def reading(info: dict) -> str:

@@ -7,7 +7,7 @@
 What there is, what fits into what, goals and their wording are ALFWorld's, read from its installed package (0.4.2:
 alfworld.gen.constants, alfworld.gen.goal_library). The houses are ours, and far smaller than ALFRED's rooms.
 Held-out houses have other layouts (sets of receptacles), and no object lies in, or belongs into, a kind of receptacle
-that it lay in or belonged into in training: a checksum shares out all layouts and pairs.
+that it lay in or belonged into in training (lamps apart): a checksum shares out layouts and each object's places.
 Does not handle: playing (alfworld_env.py), drawing (games/scene.py), who knows what to do (games/household.py).
 """
 
@@ -50,7 +50,7 @@ class HouseError(ValueError):
 
 @cache
 def vocabulary():
-    """({kind of receptacle: kinds of objects that fit}, {action: kinds of objects}, kinds that open), all sorted."""
+    """({kind of receptacle: kinds of objects that fit}, {action: kinds of objects}, kinds that open)."""
     from alfworld.gen import constants
     fits = {receptacle: tuple(sorted(kind for kind in kinds if "Sliced" not in kind))
             for receptacle, kinds in sorted(constants.VAL_RECEPTACLE_OBJECTS.items())
@@ -61,9 +61,22 @@ def vocabulary():
             frozenset(constants.OPENABLE_CLASS_LIST))
 
 
-def split_of(*words) -> str:
-    """Which split a layout or a pair belongs to: one in four is held out."""
-    return SPLITS[zlib.crc32(" ".join(words).encode()) % 4 == 0]
+def _checksum(*words):
+    return zlib.crc32(" ".join(words).encode())
+
+
+@cache
+def homes(thing: str, split: str) -> tuple[str, ...]:
+    """The kinds of receptacles that a kind of object may be in: a quarter is held out, 3 at least where there are 7."""
+    places = sorted((place for place, kinds in vocabulary()[0].items() if thing in kinds),
+                    key=lambda place: _checksum(thing, place))
+    count = max(3, len(places) // 4) if len(places) >= 7 else 2 if len(places) >= 5 else 0
+    return tuple(sorted(places[:count] if split == "held out" else places[count:]))
+
+
+def layout_split(layout) -> str:
+    """Which split a set of receptacles belongs to: one in four is held out."""
+    return SPLITS[_checksum(*sorted(layout)) % 4 == 0]
 
 
 def deal(number: int, split="train", receptacles=5, objects=4) -> House:
@@ -71,9 +84,8 @@ def deal(number: int, split="train", receptacles=5, objects=4) -> House:
 
     HouseError where so few cannot hold a task, or no layout was found.
     """
-    if receptacles < 3 or objects < 3:
-        raise HouseError(f"a house needs 3 receptacles and 3 objects or more for its tasks, not {receptacles} and "
-                         f"{objects}")
+    if not (4 <= receptacles <= 40 and 3 <= objects <= 40):
+        raise HouseError(f"a house has 4 to 40 receptacles and 3 to 40 objects, not {receptacles} and {objects}")
     rng = np.random.default_rng([number, SPLITS.index(split)])
     kind = _one(rng, list(TASKS))
     for _ in range(1000):
@@ -87,22 +99,22 @@ def _try(rng, split, kind, receptacles, objects):
     fits, able, _ = vocabulary()
     act, tool, count = TASKS[kind]
     target = _one(rng, sorted(able[act]) if tool else sorted(set().union(*fits.values())))
-    homes = [r for r in fits if target in fits[r] and r != tool and split_of(target, r) == split]
-    if "Sliced" in target or len(homes) < 2:
+    places = [place for place in homes(target, split) if place != tool]
+    if len(places) < 2:
         return None
-    lies, place = (homes[i] for i in rng.choice(len(homes), 2, replace=False))
+    lies, place = (places[i] for i in rng.choice(len(places), 2, replace=False))
     lamp = _one(rng, LAMPS) if act == "light" else None
     layout = [lies, *([] if lamp else [place]), *([tool] if tool else []), *([_one(rng, STANDS)] if lamp else [])]
     if len(layout) > receptacles:
         return None
     layout += [_one(rng, list(fits)) for _ in range(receptacles - len(layout))]
-    if split_of(*sorted(layout)) != split:
+    if layout_split(layout) != split:
         return None
     stand = len(layout) - 1 - layout[::-1].index(next(r for r in layout if r in STANDS)) if lamp else None
-    where = [i for i, r in enumerate(layout) if r != place and target in fits[r] and split_of(target, r) == split]
+    where = [i for i, r in enumerate(layout) if r != place and r in homes(target, split)]
     contents = [(target, _one(rng, where)) for _ in range(count)] + ([(lamp, stand)] if lamp else [])
     free = [(thing, i) for i, r in enumerate(layout) for thing in fits[r]
-            if thing != target and split_of(thing, r) == split]
+            if thing != target and r in homes(thing, split)]
     if not free:
         return None
     contents += [free[i] for i in rng.integers(len(free), size=objects - len(contents))]
@@ -154,7 +166,7 @@ def _read(file):
         names, kind = about["pddl_params"], about["task_type"]
         sentence = re.search(r"Your task is to: ([^\n\"\\]+)", game["grammar"])[1]
         target, place, lamp = (names[key].lower() for key in ("object_target", "parent_target", "toggle_target"))
-        if not game.get("solvable", True):
+        if not game["solvable"]:
             return None
         light = TASKS[kind][0] == "light"
         return House(game["pddl_problem"], kind, sentence, target, None if light else place, lamp if light else None,

@@ -19,20 +19,22 @@ BADGE_COLORS = {"hot": (214, 52, 32), "cool": (36, 120, 220), "clean": (46, 160,
 TILE_W, TILE_H = 66, 54
 
 
-def draw_scene(receptacles, at, shut, inside, holding, badges) -> np.ndarray:
-    """Return the picture (SIZE, SIZE, 3) uint8.
+def draw_scene(info: dict) -> np.ndarray:
+    """Return the picture (SIZE, SIZE, 3) uint8 of what alfworld_env.py's info says.
 
     receptacles: all names; at: the present one or None; shut: whether its door is; inside: the names of what is seen
     there, None where nothing can be seen; holding: a name or None; badges: "hot", "cool", "clean" of what is held.
     """
+    receptacles, at, shut, inside, holding, badges = (
+        info[key] for key in ("receptacles", "at", "shut", "inside", "holding", "badges"))
     canvas = _room().copy()
     width = min(56, (SIZE - 12) // max(1, len(receptacles)))
     for i, name in enumerate(receptacles[:(SIZE - 12) // width]):
         put(canvas, _small(name, name == at, width - 4), 6 + i * width, 6)
     if at is not None:
         put(canvas, _place(at, shut, inside is not None), 10, 44)
-        for i, name in enumerate((inside or ())[:8]):
-            put(canvas, _tile(name), 18 + (i % 4) * (TILE_W + 2), 80 + (i // 4) * (TILE_H + 2))
+        for i, name in enumerate((inside or ())[:8]):           # there is room for no more
+            put(canvas, _tile(name), 18 + (i % 4) * (TILE_W + 1), 80 + (i // 4) * (TILE_H + 2))
     if holding is not None:
         put(canvas, _tile(holding), 100, 232)
         for i, badge in enumerate(("hot", "cool", "clean")):
@@ -44,7 +46,7 @@ def draw_scene(receptacles, at, shut, inside, holding, badges) -> np.ndarray:
 def _font(text, size, width):
     """The largest font up to size in which the text is at most so wide."""
     length = ImageFont.load_default(size).getlength(text)
-    return ImageFont.load_default(max(6, min(size, int(size * width / length))))
+    return ImageFont.load_default(max(5, min(size, int(size * width / length))))
 
 
 def _label(pen, text, box, size, fill):
@@ -66,7 +68,9 @@ def _small(name, lit, width):
     picture = Image.new("RGB", (width, 30), GOLD if lit else PAPER)
     pen = ImageDraw.Draw(picture)
     pen.rectangle([0, 0, width - 1, 29], outline=INK, width=2 if lit else 1)
-    _label(pen, name, (0, 0, width, 30), 11, INK)
+    kind, _, number = name.rpartition(" ")
+    _label(pen, kind, (0, 2, width, 16), 11, INK)
+    _label(pen, number, (0, 15, width, 28), 11, INK)
     return np.asarray(picture)
 
 
@@ -107,7 +111,7 @@ def _tile(name):
 
 @lru_cache(maxsize=8)
 def _badge(badge):
-    """What was done to the object that is held: a disc in its colour with its first letter."""
+    """What was done to the object that is held: a disc in its colour."""
     picture = Image.new("RGB", (36, 44), (184, 192, 200))
     pen = ImageDraw.Draw(picture)
     pen.ellipse([1, 1, 35, 35], fill=BADGE_COLORS[badge], outline=INK, width=2)

@@ -73,8 +73,8 @@ class ModelSettings:
         for name in WORLD if self.task != "alfworld" else ():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 return f"{_flag(name)} is for --task alfworld"
-        if min(self.receptacles, self.objects) < 3:
-            return "--receptacles and --objects must be 3 or more: no task fits into less"
+        if not (4 <= self.receptacles <= 40 and 3 <= self.objects <= 40):
+            return "--receptacles must be 4 to 40, --objects 3 to 40"
         if unknown := set(self.target_modules or ()) - set(PARTS):
             return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
         for name, value in vars(self).items():
