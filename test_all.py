@@ -2452,7 +2452,8 @@ def test_engine_memory_changes_no_word(alfworld, monkeypatch):
 
     remembered = transcript()
     monkeypatch.setattr(alfworld.textgen, "_parse_and_convert", alfworld.textgen._parse_and_convert.__wrapped__)
-    monkeypatch.setattr(alfworld.logic.Rule, "parse_conjunctive_query", alfworld.logic.Rule.parse_conjunctive_query.__wrapped__)
+    rule = alfworld.logic.Rule
+    monkeypatch.setattr(rule, "parse_conjunctive_query", rule.parse_conjunctive_query.__wrapped__)
     assert transcript() == remembered
 
 
