@@ -237,7 +237,7 @@ def open_run(run):
         settings = dict(json.loads((Path(run) / "config.json").read_text(encoding="utf-8")))
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
-    if missing := set(PLAY_SETTINGS) - set(settings):
+    if missing := set(PLAY_SETTINGS) - set(WORLD) - set(settings):
         raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
                          "its config.json): evaluate it with that version")
     policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"])
@@ -283,8 +283,8 @@ def make_player(options, given):
     if options.policy:
         return scripted_player(options.policy, options.task, options.seed), options.policy, settings | given
     if options.run:
-        policy, settings = open_run(options.run)
-        name, settings = settings["out"], settings | given
+        policy, own = open_run(options.run)
+        name, settings = own["out"], settings | own | given
         if settings["task"] != options.task:
             print(f"note: {name} was trained on {settings['task']}")
     else:
