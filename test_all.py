@@ -2505,12 +2505,29 @@ def test_what_the_engine_cannot_do_is_said(alfworld, monkeypatch):
 
 
 def test_the_card_games_need_no_engine_and_without_it_a_sentence_says_what_to_install():
-    script = ("import sys, train, eval, sft\nprint([name for name in ('alfworld', 'textworld') if name in sys.modules])\n"
-              "sys.modules['textworld'] = None\n"
-              "eval.main(['--task', 'alfworld', '--policy', 'random', '--episodes', '1'])")
+    script = ("import sys, train, eval, sft\n"
+              "print([name for name in ('alfworld', 'textworld') if name in sys.modules])\n"
+              "sys.modules['textworld'] = None\neval.main(['--task', 'alfworld', '--policy', 'random', '--episodes', '1'])")
     found = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
     assert found.stdout == "[]\n" and found.returncode == 1 and "Traceback" not in found.stderr
     assert "pip install -r extras/requirements-alfworld.txt" in found.stderr
+
+
+def test_the_pocket_for_households_learns_from_the_demonstrators_play(alfworld):
+    """What its lessons say, and that the shipped model answers held-out houses with legal commands mostly."""
+    states = pocket_alfworld.play(0, 3)
+    for prompt, short, info in states:
+        assert info["task"] in prompt and info["task"] in short and "thoughts" not in short
+    seen = {one.answer for one in next(pocket_alfworld.captions(states, 0))}
+    assert any("nothing" in text for text in seen) and not any('. "' in text for text in seen)
+    lesson = next(pocket_alfworld.answers(states, 0))
+    commands = {command for *_, info in states for command in info["commands"]}
+    assert {parse.parse(one.answer, tuple(commands))[0] for one in lesson} <= commands
+    assert 0 < sum("thoughts" not in one.answer for one in lesson) < 20
+    policy, _ = evaluation.open_policy("pocket", task="alfworld")
+    player = evaluation.model_player(policy, 0, max_new_tokens=60, batch_size=16)
+    result = evaluation.evaluate(player, "alfworld", 8, 0, num_envs=8)
+    assert result["parse_rate"] > 0.5 and result["success"] > 0.2       # uniform play: 1 game in 10
 
 
 def test_a_household_run_goes_on_bit_for_bit(alfworld, tiny, tmp_path, monkeypatch):
