@@ -2507,7 +2507,8 @@ def test_what_the_engine_cannot_do_is_said(alfworld, monkeypatch):
 def test_the_card_games_need_no_engine_and_without_it_a_sentence_says_what_to_install():
     script = ("import sys, train, eval, sft\n"
               "print([name for name in ('alfworld', 'textworld') if name in sys.modules])\n"
-              "sys.modules['textworld'] = None\neval.main(['--task', 'alfworld', '--policy', 'random', '--episodes', '1'])")
+              "sys.modules['textworld'] = None\n"
+              "eval.main(['--task', 'alfworld', '--policy', 'random', '--episodes', '1'])")
     found = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
     assert found.stdout == "[]\n" and found.returncode == 1 and "Traceback" not in found.stderr
     assert "pip install -r extras/requirements-alfworld.txt" in found.stderr
