@@ -1608,13 +1608,14 @@ def test_seeds_differ_everywhere(shipped):
 
 
 def test_what_is_killed_or_damaged_is_as_the_run_left_alone_or_refused():
-    """A share of extras/torture.py, in a process of its own because it forks: each row's tries all held."""
-    found = subprocess.run([sys.executable, "-m", "extras.torture", "--every", "60", "--kills", "1", "--flips", "1",
+    """A share of extras/torture.py, in a process of its own because it forks: each row's tries all held. (Flipped bits
+    are DAMAGES' below.)"""
+    found = subprocess.run([sys.executable, "-m", "extras.torture", "--every", "60", "--kills", "1", "--flips", "0",
                             "--answers", "2000"], cwd=HERE, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     rows = json.loads(found.stdout.splitlines()[-1])["tried_held"]
     assert len(rows) == 6 and all(tried == held for tried, held in rows.values())
-    assert sum(tried > 0 for tried, _ in rows.values()) >= 4            # a random moment may come too late
+    assert sum(tried > 0 for tried, _ in rows.values()) >= 3            # a random moment may come too late
 
 
 def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch):
@@ -2478,6 +2479,9 @@ def test_the_data_sets_files_are_played(alfworld, tmp_path, monkeypatch):
         game = env.make_game("alfworld", split=split, houses="data")
         steps, last = household_episode(game, 0, lambda _, info: household.next_step(info)[1])
         assert last["is_success"] and last["task"] in parse.make_prompt(game, last)
+        files = houses._data_files(str(tmp_path), split)
+        assert [houses._read(files[seed % 2]).problem for seed in (4, 5)] == [
+            game.reset(seed=seed) and game.house.problem for seed in (4, 5)]
     broken = next(tmp_path.rglob("game.tw-pddl"))
     for text, message in (("{", "is no game of ALFWorld's"), ('{"grammar": "", "pddl_problem": ""}', "is no game")):
         broken.write_text(text)
