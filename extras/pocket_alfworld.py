@@ -2,9 +2,9 @@
 
     python -m extras.pocket_alfworld --out runs/my-pocket-alfworld        # checkpoints/pocket-alfworld holds the result
 
-It learns from the demonstrator's play in training houses, in two lessons: to say what a picture shows; to answer with
-the demonstrator's commands. The second is a short one, so that there is something left for RL to learn. States are
-played once, on the engine, and shown again and again with their pictures drawn anew.
+It learns from the demonstrator's play in training houses, in three lessons: to say what a picture shows; to answer with
+the demonstrator's commands; last, shortly, with so many random commands that there is something left for RL to learn.
+States are played once, on the engine, and shown again and again with their pictures drawn anew.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from policy import Policy
 from sft import Demonstration, finetune
 from vlm.families import save_processor
 
+LABEL_NOISE = 0.6               # share of random commands in the last lesson, set by trial: where RL starts
 # One token a word or number, so that a name is read and written as its words; a prompt's fixed lines whole.
 PIECES = Regex("|".join((r"You are in a house\. Your task is to:", r"\n?Answer in JSON:[^\n]*", r"\n?Actions:\n",
                          '"action', r"You are in the middle of a room\. Looking quickly around you, you see",
@@ -63,22 +64,24 @@ def captions(states, seed) -> Iterator[list[Demonstration]]:
         yield batch
 
 
-def answers(states, seed) -> Iterator[list[Demonstration]]:
-    """Batches of the demonstrator's answers, one in eight without thoughts."""
+def answers(states, seed, noise=0.0) -> Iterator[list[Demonstration]]:
+    """Batches of the demonstrator's answers, one in eight without thoughts; a share `noise` names random commands."""
     generator = np.random.default_rng(seed)
     while True:
         batch = []
         for i in generator.integers(len(states), size=64):
             prompt, short, info = states[i]
             label = next_step(info)[1]
+            if generator.random() < noise:
+                label = info["commands"][generator.integers(len(info["commands"]))]
             cot = generator.random() > 1 / 8
             batch.append(Demonstration(draw_scene(info), prompt if cot else short,
                                        make_answer(label, thoughts(info, label) if cot else None)))
         yield batch
 
 
-def build(out, seed=0, games=2000, steps=(200, 500)):
-    """Play, make the model, teach it two lessons of so many steps, write it to the folder `out` (fp16)."""
+def build(out, seed=0, games=2000, steps=(200, 1000, 150)):
+    """Play, make the model, teach it three lessons of so many steps, write it to the folder `out` (fp16)."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         states = [state for part in pool.starmap(play, [(2 * seed + k, games // 2) for k in (0, 1)]) for state in part]
     texts = [text for prompt, _, info in states[:6000]
@@ -89,6 +92,7 @@ def build(out, seed=0, games=2000, steps=(200, 500)):
           f"{sum(p.numel() for p in policy.model.parameters()):,} weights", flush=True)
     finetune(policy, captions(states, seed), steps[0], 1e-3, title="reading")
     finetune(policy, answers(states, seed + 1), steps[1], 1e-3, title="answering")
+    finetune(policy, answers(states, seed + 2, LABEL_NOISE), steps[2], 5e-4, title="settling")
     part = part_of(out)                                     # whole after the last lesson
     policy.model.half().save_pretrained(part)
     save_processor(processor, part)
@@ -100,8 +104,8 @@ def make_parser():
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--games", type=int, default=2000, help="houses that the demonstrator plays [2000]")
-    parser.add_argument("--steps", type=int, nargs=2, default=(200, 500), metavar=("READ", "ANSWER"),
-                        help="steps of the two lessons [200 500]")
+    parser.add_argument("--steps", type=int, nargs=3, default=(200, 1000, 150),
+                        metavar=("READ", "ANSWER", "SETTLE"), help="steps of the three lessons [200 1000 150]")
     return parser
 
 
