@@ -112,7 +112,7 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
         rollout.infos += infos
         for n, (game, choice) in enumerate(zip(games, choices)):
             picture, reward, terminated, truncated, info = game.step(choice.index)
-            rollout.rewards[t, n] = reward + (0 if choice.named else game.unnamed_reward)
+            rollout.rewards[t, n] = reward + (0 if choice.named else game.unnamed_reward)       # ALFWorld: −1
             rollout.terminated[t, n], rollout.truncated[t, n] = terminated, truncated
             if truncated:
                 # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
