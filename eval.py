@@ -3,20 +3,22 @@
     python eval.py --task blackjack --run runs/blackjack-seed1 --episodes 5000
     python eval.py --task blackjack --model pocket                # where RL starts
     python eval.py --task blackjack --policy always:stand         # random, expert, always:ACTION: what to compare with
+    python eval.py --task all --model pocket                      # every game, and the paper's average
+    python eval.py --task points24 --endpoint https://api.openai.com/v1 --model NAME --episodes 200
 
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds (train.py).
 The last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack, so look at
 `reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` first.
-Does not handle: letting a policy act (rollout.py).
+Does not handle: who plays (players.py), letting a policy answer (rollout.py).
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
 import os
 import signal
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,60 +28,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C in the seconds of importing: no traceback
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from env import TASKS, make_game
-from games.expert import best_actions, continuations, expert_action, plan_right, planned, reads_right
-from games.household import next_step
-from plumbing.checkpoint import newest_checkpoint
+from env import GAMES, TASKS, make_game
+from games.expert import best_actions, continuations, plan_right, planned, reads_right
+from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.errors import ModelError, foreign, in_words
-from plumbing.manifest import check
 from plumbing.settings import WORLD, Settings, add_flags, default_of, with_task_defaults
-from policy import Policy
-from rollout import Choice, act
-from vlm.loading import is_small, open_model
-from vlm.lora import adapter_settings
-
-
-# ---- players --------------------------------------------------------------------------------------------------------
-def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch_size=64):
-    """A player that asks the policy: a function (games, pictures, infos) → a Choice for each game."""
-    generator, fallback = torch.Generator(policy.device).manual_seed(seed), np.random.default_rng(seed)
-
-    def play(games, pictures, infos):
-        return act(policy, games, pictures, infos, generator, fallback, cot, max_new_tokens, greedy, batch_size)[2]
-
-    return play
-
-
-def scripted_player(name, task, seed):
-    """A player without a model, whose texts are None: "random", "expert", "always:ACTION", and on ALFWorld "heuristic"
-    (remembers nothing)."""
-    generator = np.random.default_rng(seed)
-    kind, _, fixed = name.partition(":")
-    names = ("random", "expert", *(("heuristic",) if task == "alfworld" else ()))
-    if not (kind == "always" and fixed or name in names):
-        raise ValueError(f"no policy {name!r}: use {', '.join(names)} or always:ACTION")
-
-    def play(games, pictures, infos):
-        choices = []
-        for game, info in zip(games, infos):
-            legal = game.legal_actions()
-            if kind == "random":
-                index = int(generator.integers(len(legal)))
-            elif kind == "expert":
-                index = legal.index(expert_action(task, info))
-            elif kind == "heuristic":
-                index = legal.index(next_step(info, memory=False)[1])
-            elif fixed in legal:
-                index = legal.index(fixed)
-            else:
-                raise ModelError(f"{fixed!r} is no legal action of {task}: {', '.join(legal)}")
-            choices.append(Choice(legal[index], index))
-        return choices
-
-    return play
+from rollout import Choice
+from vlm.loading import is_small
 
 
 # ---- playing --------------------------------------------------------------------------------------------------------
@@ -193,75 +149,11 @@ def blackjack_statistics(decisions):
             **{name: rate(hit for total in band for hit in hits.get(total, [])) for name, band in bands.items()}}
 
 
-# ---- an episode as a moving picture ---------------------------------------------------------------------------------
-class Film:
-    """Collects one episode's pictures with the thoughts and the action beside them; save() writes a GIF or a PNG."""
-
-    def __init__(self):
-        self.frames = []
-
-    def __call__(self, picture, choice, episode):
-        if episode != 0:
-            return
-        frame = Image.new("RGB", (760, 300), (250, 250, 246))
-        frame.paste(Image.fromarray(picture), (0, 0))
-        pen, font = ImageDraw.Draw(frame), ImageFont.load_default(17)
-        lines = ["The end."]
-        if choice:
-            drawn = "" if choice.named else " (the answer names no legal action: drawn at random)"
-            lines = textwrap.wrap(choice.text or "", 50) + textwrap.wrap(f"plays: {choice.action}{drawn}", 50)
-        pen.multiline_text((318, 20), "\n".join(lines), fill=(30, 30, 36), font=font, spacing=7)
-        self.frames.append(frame)
-
-    def save(self, path):
-        """A .gif shows one frame after another, a .png one below another."""
-        if path.endswith(".gif"):
-            self.frames[0].save(path, save_all=True, append_images=self.frames[1:], duration=2500, loop=0)
-            return
-        width, height = self.frames[0].size
-        strip = Image.new("RGB", (width, height * len(self.frames)))
-        for row, frame in enumerate(self.frames):
-            strip.paste(frame, (0, row * height))
-        strip.save(path)
-
-
 # ---- the command line -----------------------------------------------------------------------------------------------
-PLAY_SETTINGS = ("num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature", *WORLD)
-
-
-def open_run(run):
-    """Return (policy of a run's last checkpoint, the run's settings as a dict)."""
-    last = newest_checkpoint(run)
-    check(last)
-    with foreign(Path(run) / "config.json"):
-        settings = dict(json.loads((Path(run) / "config.json").read_text(encoding="utf-8")))
-    if not (last / "adapter_config.json").exists():
-        raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
-    if missing := set(PLAY_SETTINGS) - set(WORLD) - set(settings):
-        raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
-                         "its config.json): evaluate it with that version")
-    policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"])
-    return policy, settings
-
-
-def open_policy(model="auto", bits="auto", temperature=None, task="blackjack"):
-    """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
-
-    policy, _ = open_policy("pocket") is all that an interactive prompt needs.
-    """
-    loaded = open_model(model, bits, Settings(task=task))
-    lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
-    if temperature is None:
-        temperature = default_of(Settings, "temperature", is_small(loaded.model.config))
-    policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
-    if loaded.adapters:
-        policy.load_adapters(loaded.adapters)               # without the value head: nothing here asks for values
-    return policy, loaded.name
-
-
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--task", required=True, choices=(*TASKS, "all"),
+                        help="all: one after the other, ALFWorld where its engine is installed")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", help="a run folder of train.py: its last checkpoint, its settings")
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
@@ -269,45 +161,75 @@ def make_parser():
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
-    parser.add_argument("--render", metavar="FILE.gif", help="also draw the first episode, as a GIF or a PNG")
+    parser.add_argument("--render", metavar="FILE", help="also show the first episode: .html with each token's "
+                        "probability, V and advantages, .gif or .png")
+    parser.add_argument("--beside", metavar="RUN", help="a second run or model, beside the first in the .html")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
+    remote = parser.add_argument_group("a model behind an OpenAI-compatible endpoint (extras/endpoint.py)")
+    remote.add_argument("--endpoint", metavar="URL", help="such as https://api.openai.com/v1; --model names "
+                        "the model there, $OPENAI_API_KEY is the key")
+    remote.add_argument("--concurrency", type=int, default=8, help="calls at once [8]")
+    remote.add_argument("--transcripts", metavar="FOLDER", help="where each call is kept, to go on from without paying "
+                        "twice [runs/endpoint-MODEL]")
     settings = parser.add_argument_group("settings", "a run brings its own; bits, cot, temperature: for --model")
     add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
 
 
-def make_player(options, given):
-    """Return (player, its name, the settings to play with) for a command line; given: those that were chosen."""
-    default = with_task_defaults(Settings, {"task": options.task})
+def find_policy(options, given, task):
+    """Return (policy, its name, the settings to play with) for a command line; given: those that were chosen.
+
+    The policy is None where a script or an endpoint plays.
+    """
+    default = with_task_defaults(Settings, {"task": task})
     settings = {name: getattr(default, name) for name in ("cot", "num_envs", "max_new_tokens", *WORLD)}
-    if options.policy:
-        return scripted_player(options.policy, options.task, options.seed), options.policy, settings | given
+    if options.policy or options.endpoint:
+        return None, options.policy or options.model, settings | given
     if options.run:
         policy, own = open_run(options.run)
         name, settings = own["out"], settings | own | given
-        if settings["task"] != options.task:
-            print(f"note: {name} was trained on {settings['task']}")
+        if own["task"] != task:
+            print(f"note: {name} was trained on {own['task']}")
     else:
-        policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"), options.task)
-        size = default_of(Settings, "play_batch_size", is_small(policy.model.config))
-        settings |= {"play_batch_size": size} | given
+        policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"), task)
+        settings |= {"play_batch_size": default_of(Settings, "play_batch_size", is_small(policy.model.config))} | given
+    return policy, name, settings
+
+
+def make_player(options, policy, settings, task):
+    if options.policy:
+        return scripted_player(options.policy, task, options.seed)
+    if options.endpoint:
+        from extras.endpoint import EndpointPlayer
+        return EndpointPlayer(options.endpoint, options.model, options.transcripts, options.concurrency, options.seed,
+                              settings["cot"], settings["max_new_tokens"], settings.get("temperature"), options.greedy)
     return model_player(policy, options.seed, settings["cot"], settings["max_new_tokens"], options.greedy,
-                        settings["play_batch_size"]), name, settings
+                        settings["play_batch_size"])
 
 
 def check_options(options, given):
     """ValueError, in words, for what makes no sense; what is to be written is tried."""
-    for name, value in {"episodes": options.episodes, **given}.items():
-        if name in ("episodes", "num_envs", "max_new_tokens", "play_batch_size") and value < 1:
+    for name, value in {"episodes": options.episodes, "concurrency": options.concurrency, **given}.items():
+        if name in ("episodes", "concurrency", "num_envs", "max_new_tokens", "play_batch_size") and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 <= options.seed < 2**31:
         raise ValueError("--seed must be 0 or more, below 2³¹")
-    if problem := Settings(task=options.task, **{name: given[name] for name in WORLD if name in given}).problem():
+    task = "alfworld" if options.task == "all" else options.task
+    own = {name: given[name] for name in (*WORLD, "temperature") if name in given}
+    if problem := Settings(task=task, **own).problem():
         raise ValueError(problem)
+    if options.policy:
+        scripted_player(options.policy, options.task, options.seed)
     if not options.model and {"temperature", "cot", "bits"} & set(given):
         raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
-    if options.render and not options.render.endswith((".gif", ".png")):
-        raise ValueError(f"--render writes a GIF or a PNG: call it {Path(options.render).stem}.gif")
+    if options.endpoint and not options.model:
+        raise ValueError("--endpoint needs --model NAME: the model's name there")
+    if options.task == "all" and (options.render or (options.policy or "").startswith(("always", "heuristic"))):
+        raise ValueError("--task all takes no --render, and of --policy random and expert: the games' actions differ")
+    if options.render and not options.render.endswith((".html", ".gif", ".png")):
+        raise ValueError(f"--render writes a page, a GIF or a PNG: call it {Path(options.render).stem}.html")
+    if options.beside and not (options.render or "").endswith(".html"):
+        raise ValueError("--beside is for --render FILE.html")
     for file in filter(None, (options.out, options.render)):
         with foreign(file):                                     # before the games, not after them
             Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -321,29 +243,59 @@ def main(arguments=None):
     options = make_parser().parse_args(arguments)
     given = {name: value for name, value in vars(options).items() if name in PLAY_SETTINGS and value != "auto"}
     with in_words():
-        play(options, given)
+        try:
+            check_options(options, given)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        result = play_all(options, given) if options.task == "all" else play(options, given)
+        print(json.dumps(result), flush=True)
+        if options.out:
+            Path(options.out).write_text(json.dumps(result) + "\n")    # not by renaming: it may be a link or a device
 
 
 def play(options, given):
-    """Play what the command line asks for, print the result, then write it."""
-    film = Film() if options.render else None
-    try:
-        check_options(options, given)
-        player, name, settings = make_player(options, given)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    world = {name: settings[name] for name in WORLD} if options.task == "alfworld" else {}
-    result = evaluate(player, options.task, options.episodes, options.seed, settings["num_envs"], settings["cot"], film,
-                      world)
-    result = {"policy": name, **result}
+    """Play one task, print what came of it, draw its first episode; return the result."""
+    policy, name, settings = find_policy(options, given, options.task)
+    film = None
+    if (options.render or "").endswith((".gif", ".png")):
+        from extras.film import Film
+        film = Film()
+    result = play_task(options, policy, name, settings, options.task, film)
     for key, value in result.items():
         if not isinstance(value, dict):
             print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
-    print(json.dumps(result), flush=True)
-    if options.out:
-        Path(options.out).write_text(json.dumps(result) + "\n")        # not by renaming: it may be a link or a device
     if film:
         film.save(options.render)
+    elif options.render:
+        from extras.viewer import write_page
+        write_page(options, given, policy, name, settings)
+    return result
+
+
+def play_task(options, policy, name, settings, task, watch=None):
+    """Return evaluate's summary of one task, the player's name before it, an endpoint's calls behind it."""
+    player = make_player(options, policy, settings, task)
+    world = {name: settings[name] for name in WORLD} if task == "alfworld" else {}
+    result = evaluate(player, task, options.episodes, options.seed, settings["num_envs"], settings["cot"], watch, world)
+    return {"policy": name, **result, **(player.counts() if options.endpoint else {})}
+
+
+def play_all(options, given):
+    """Play every task, print a table; return {"policy", "average" over the card games as in the paper, "tasks"}."""
+    tasks, results = [*GAMES, *(["alfworld"] if importlib.util.find_spec("alfworld") else [])], {}
+    if "alfworld" not in tasks:
+        print("note: without ALFWorld, whose engine is not installed (extras/requirements-alfworld.txt)")
+    for task in tasks:
+        if task in (tasks[0], "alfworld"):                      # whose pocket model is another, and its defaults too
+            policy = None                                       # its memory first
+            policy, name, settings = find_policy(options, given, task)
+        results[task] = result = play_task(options, policy, name, settings, task)
+        shares = [("success", result["success"]), ("from", result["success_low"]), ("to", result["success_high"]),
+                  ("parsed", result["parse_rate"]), ("read right", result["reading_rate"])]
+        print(f"{task:12}", *(f"{key} {100 * share:5.1f} % " for key, share in shares if share is not None), flush=True)
+    average = float(np.mean([results[task]["success"] for task in GAMES]))
+    print(f"{'average':12} success {100 * average:5.1f} %  of the four card games, as in the paper's tables")
+    return {"policy": results[tasks[0]]["policy"], "average": average, "tasks": results}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import env
 import eval as evaluation
 import parse
+import players
 import ppo
 import rollout as playing
 import sft
@@ -54,6 +55,7 @@ import train
 from env import GAMES
 from extras import bench, features, plot, pocket, pocket_alfworld, recorded, shapes, speed_ablation, tables
 from extras import tiny as tiny_models
+from extras.film import Film
 from games import draw, expert, household, houses
 from games.formula import evaluate, solutions
 from plumbing import checkpoint, manifest, parallel
@@ -79,7 +81,7 @@ def test_examples_in_docstrings(name):
 
 def test_the_data_flows_one_way():
     """The four bricks import none of each other; nobody imports what comes after it; the games know no model."""
-    order = ("env", "parse", "policy", "ppo", "rollout", "sft", "eval", "train")
+    order = ("env", "parse", "policy", "ppo", "rollout", "sft", "players", "eval", "train")
     for name in order:
         imported = set(re.findall(r"^(?:from|import) (\w+)", (HERE / f"{name}.py").read_text(), re.M))
         assert not imported & set(order[order.index(name) + 1:]), name
@@ -520,7 +522,7 @@ def test_blackjack_values_are_the_exact_ones():
 @pytest.mark.parametrize("task, expected, games", [
     ("numberline", 1.0, 60), ("ezpoints", 1.0, 200), ("points24", 0.7309, 300), ("blackjack", 0.4316, 12_000)])
 def test_experts_reach_their_exact_values_in_play(task, expected, games):
-    result = evaluation.evaluate(evaluation.scripted_player("expert", task, 0), task, games, seed=0)
+    result = evaluation.evaluate(players.scripted_player("expert", task, 0), task, games, seed=0)
     tolerance = 3.3 * math.sqrt(expected * (1 - expected) / games)
     assert result["success"] == pytest.approx(expected, abs=tolerance + 1e-12)
     assert result["expert_agreement"] == 1.0
@@ -1233,7 +1235,7 @@ def test_another_family_goes_through_the_whole_program(tiny_families, tmp_path, 
 def test_the_shipped_model_reads_held_out_pictures(shipped, task):
     """Tokenizer and weights belong together: a pocket model that cannot read would still parse at 100 %."""
     agent = Policy(shipped[0], shipped[1], target_modules=())
-    player = evaluation.model_player(agent, seed=0, max_new_tokens=90)
+    player = players.model_player(agent, seed=0, max_new_tokens=90)
     result = evaluation.evaluate(player, task, 60, seed=777_000)
     assert result["reading_rate"] >= 0.9 and result["parse_rate"] >= 0.95
     assert result["success"] <= 0.55                                    # it has not been taught to play
@@ -1593,7 +1595,7 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
     assert "unrecognized arguments: --rank" in capsys.readouterr().err
     taught = features.FeaturePolicy(*features.pocket_eyes(), GAMES["numberline"]().legal_actions())
     features.teach(taught, "numberline", 40, label_noise=0.0)
-    result = evaluation.evaluate(evaluation.model_player(taught, 0, cot=False), "numberline", 50, 0, cot=False)
+    result = evaluation.evaluate(players.model_player(taught, 0, cot=False), "numberline", 50, 0, cot=False)
     assert result["success"] > 0.8
 
 
@@ -1685,13 +1687,13 @@ def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
             "parse_rate", "expert_agreement", "reading_rate", "hit_rate_by_total"} <= set(result)
     assert result["success"] == pytest.approx(0.3807, abs=0.025) and set(result["hit_rate_by_total"].values()) == {0.0}
     assert result["success_low"] < 0.3807 < result["success_high"]
-    random_play = evaluation.evaluate(evaluation.scripted_player("random", "blackjack", 0), "blackjack", 4000, 10_000)
+    random_play = evaluation.evaluate(players.scripted_player("random", "blackjack", 0), "blackjack", 4000, 10_000)
     assert random_play["success"] == pytest.approx(0.2806, abs=0.025)
     assert random_play["return_mean"] == pytest.approx(-0.396, abs=0.05)
-    plus = evaluation.evaluate(evaluation.scripted_player("always:+", "numberline", 0), "numberline", 1000, 0)
+    plus = evaluation.evaluate(players.scripted_player("always:+", "numberline", 0), "numberline", 1000, 0)
     assert plus["success"] == pytest.approx(0.5, abs=0.06) and plus["goal_rate"] == plus["success"]
     # the same episodes, however many are played side by side
-    few, many = (evaluation.evaluate(evaluation.scripted_player("expert", "points24", 0), "points24", 40, 5, envs)
+    few, many = (evaluation.evaluate(players.scripted_player("expert", "points24", 0), "points24", 40, 5, envs)
                  for envs in (3, 64))
     assert few == many
 
@@ -1716,7 +1718,7 @@ def test_an_episode_can_be_drawn(tmp_path, capsys):
     assert json.loads((tmp_path / "game.json").read_text())["episodes"] == 1
     picture, frames = GAMES["blackjack"]().reset(seed=0)[0], []
     for named in (True, False):                                         # an action drawn at random is marked
-        film = evaluation.Film()
+        film = Film()
         film(picture, playing.Choice("hit", 1, named, "no idea"), 0)
         frames.append(np.asarray(film.frames[0]))
     assert not np.array_equal(*frames)
@@ -1725,8 +1727,8 @@ def test_an_episode_can_be_drawn(tmp_path, capsys):
 def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys):
     sft.main(["--task", "numberline", "--model", "pocket", "--steps", "60", "--batch-size", "32", "--lr", "2e-3",
               "--rank", "8", "--out", str(tmp_path / "a")])
-    policy, _ = evaluation.open_policy(str(tmp_path / "a"))
-    result = evaluation.evaluate(evaluation.model_player(policy, 0), "numberline", 64, 0)
+    policy, _ = players.open_policy(str(tmp_path / "a"))
+    result = evaluation.evaluate(players.model_player(policy, 0), "numberline", 64, 0)
     assert result["success"] > 0.6                                      # from 27 %: the labels had no noise this time
     with pytest.raises(SystemExit):
         sft.main(["--task", "numberline", "--model", "pocket", "--out", str(tmp_path / "a")])
@@ -2119,7 +2121,7 @@ def test_ppo_on_the_real_model_beats_its_start(shipped):
                    minibatch_size=64, max_new_tokens=40, rank=16, reward_scale=1.0)
     for _ in range(4):
         ppo.ppo_update(run.policy, run.optimizer, play_out(run), run.settings, run.shuffling)
-    player = evaluation.model_player(run.policy, seed=0, max_new_tokens=40)
+    player = players.model_player(run.policy, seed=0, max_new_tokens=40)
     assert evaluation.evaluate(player, "numberline", 100, seed=10_000)["success"] > 0.6
 
 
@@ -2529,8 +2531,8 @@ def test_the_pocket_for_households_learns_from_the_demonstrators_play(alfworld):
     commands = {command for *_, info in states for command in info["commands"]}
     assert {parse.parse(one.answer, tuple(commands))[0] for one in lesson} <= commands
     assert 0 < sum("thoughts" not in one.answer for one in lesson) < 20
-    policy, _ = evaluation.open_policy("pocket", task="alfworld")
-    player = evaluation.model_player(policy, 0, max_new_tokens=60, batch_size=16)
+    policy, _ = players.open_policy("pocket", task="alfworld")
+    player = players.model_player(policy, 0, max_new_tokens=60, batch_size=16)
     result = evaluation.evaluate(player, "alfworld", 6, 0, num_envs=6)
     assert result["parse_rate"] > 0.5 and result["success"] > 0.1       # uniform play: 1 game in 10
 

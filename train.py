@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from env import make_game
-from eval import evaluate, model_player
+from eval import evaluate
+from players import model_player
 from plumbing import parallel
 from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
 from plumbing.errors import ModelError, foreign, in_words, unheard

@@ -3,8 +3,9 @@
     python -m extras.pocket_alfworld --out runs/my-pocket-alfworld        # checkpoints/pocket-alfworld holds the result
 
 It learns from the demonstrator's play in training houses, in three lessons: to say what a picture shows; to answer with
-the demonstrator's commands; last, shortly, with so many random commands that there is something left for RL to learn.
-States are played once, on the engine, and shown again and again with their pictures drawn anew.
+the demonstrator's commands, some replaced by random ones so that it learns which are legal at all; last, shortly, with
+so many random commands that there is something left for RL to learn. States are played once, on the engine, and shown
+again and again with their pictures drawn anew.
 """
 
 import argparse
@@ -18,15 +19,17 @@ from tokenizers import Regex
 
 from env import make_game
 from extras.pocket import MARK, make_model, make_processor, make_tokenizer
-from games.household import kind_of, next_step, thoughts
+from games.household import BADGES, kind_of, next_step, thoughts
 from games.scene import draw_scene
 from parse import make_answer, make_prompt
 from plumbing.checkpoint import part_of, put_in_place
 from policy import Policy
 from sft import Demonstration, finetune
 from vlm.families import save_processor
+from vlm.loading import load_model
 
-LABEL_NOISE = 0.6               # share of random commands in the last lesson, set by trial: where RL starts
+EARLY_NOISE = 0.3               # share of random commands in the second lesson
+LABEL_NOISE = 0.6               # and in the last, set by trial: where RL starts
 # One token a word or number, so that a name is read and written as its words; a prompt's fixed lines whole.
 PIECES = Regex("|".join((r"You are in a house\. Your task is to:", r"\n?Answer in JSON:[^\n]*", r"\n?Actions:\n",
                          '"action', r"You are in the middle of a room\. Looking quickly around you, you see",
@@ -52,12 +55,20 @@ def play(seed, games, follow=0.7) -> list[tuple[str, str, dict]]:
 
 
 def captions(states, seed) -> Iterator[list[Demonstration]]:
-    """Batches that only say what the picture shows: the first lesson."""
+    """Batches that only say what the picture shows: the first lesson.
+
+    In every second picture the hand holds a thing of a random kind: the engine's words often leave out what is held, so
+    it has to be read, and play alone shows few kinds often enough.
+    """
     generator = np.random.default_rng(seed)
+    kinds = sorted({kind_of(name) for _, _, info in states for name in info["inside"] or ()})
     while True:
         batch = []
         for i in generator.integers(len(states), size=64):
             info = states[i][2]
+            if generator.random() < 0.5:
+                badges = [badge for badge in BADGES.values() if generator.random() < 0.25]
+                info = info | {"holding": f"{kinds[generator.integers(len(kinds))]} 1", "badges": badges}
             held = "nothing" if info["holding"] is None else " ".join([*info["badges"], kind_of(info["holding"])])
             seen = "shut" if info["shut"] else " ".join(map(kind_of, info["inside"] or ())) or "nothing"
             batch.append(Demonstration(draw_scene(info), "Read the picture.", make_answer(f"Holding {held}. {seen}")))
@@ -80,7 +91,7 @@ def answers(states, seed, noise=0.0) -> Iterator[list[Demonstration]]:
         yield batch
 
 
-def build(out, seed=0, games=2000, steps=(200, 1000, 150)):
+def build(out, seed=0, games=2000, steps=(500, 2000, 150)):
     """Play, make the model, teach it three lessons of so many steps, write it to the folder `out` (fp16)."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         states = [state for part in pool.starmap(play, [(2 * seed + k, games // 2) for k in (0, 1)]) for state in part]
@@ -91,12 +102,19 @@ def build(out, seed=0, games=2000, steps=(200, 1000, 150)):
     print(f"{len(states)} states, {len(processor.tokenizer)} tokens, "
           f"{sum(p.numel() for p in policy.model.parameters()):,} weights", flush=True)
     finetune(policy, captions(states, seed), steps[0], 1e-3, title="reading")
-    finetune(policy, answers(states, seed + 1), steps[1], 1e-3, title="answering")
-    finetune(policy, answers(states, seed + 2, LABEL_NOISE), steps[2], 5e-4, title="settling")
+    finetune(policy, answers(states, seed + 1, EARLY_NOISE), steps[1], 1e-3, title="answering")
     part = part_of(out)                                     # whole after the last lesson
     policy.model.half().save_pretrained(part)
     save_processor(processor, part)
+    last_lesson(part, states, seed, steps[2])
     put_in_place(out)
+
+
+def last_lesson(out, states, seed, steps, noise=LABEL_NOISE):
+    """Teach the model in the folder the start that RL is to have, from the fp16 weights on disk."""
+    policy = Policy(*load_model(str(out)), target_modules=(), seed=seed)
+    finetune(policy, answers(states, seed + 2, noise), steps, 5e-4, title="settling")
+    policy.model.half().save_pretrained(out)
 
 
 def make_parser():
@@ -104,8 +122,8 @@ def make_parser():
     parser.add_argument("--out", required=True, help="folder for the model, in Hugging Face's layout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--games", type=int, default=2000, help="houses that the demonstrator plays [2000]")
-    parser.add_argument("--steps", type=int, nargs=3, default=(200, 1000, 150),
-                        metavar=("READ", "ANSWER", "SETTLE"), help="steps of the three lessons [200 1000 150]")
+    parser.add_argument("--steps", type=int, nargs=3, default=(500, 2000, 150),
+                        metavar=("READ", "ANSWER", "SETTLE"), help="steps of the three lessons [500 2000 150]")
     return parser
 
 
