@@ -1706,6 +1706,24 @@ def test_evaluation_says_what_is_wrong(arguments, message):
         evaluation.main(["--task", "blackjack", *arguments])
 
 
+def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
+    """Each game's result is what it is alone; the average is of the four card games; what has no sense is refused."""
+    arguments = ["--policy", "random", "--episodes", "8", "--num-envs", "8"]
+    evaluation.main(["--task", "all", *arguments, "--out", str(tmp_path / "all.json")])
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert set(found["tasks"]) - {"alfworld"} == set(GAMES)
+    assert found["average"] == pytest.approx(sum(found["tasks"][task]["success"] for task in GAMES) / 4)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    for task in ("numberline", "blackjack"):
+        evaluation.main(["--task", task, *arguments])
+        printed = capsys.readouterr().out
+        assert json.loads(printed.splitlines()[-1]) == {"policy": "random", **found["tasks"][task]}
+        assert f"random {recorded.baseline(task, 'random'):.1f} %" in printed
+    for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"]):
+        with pytest.raises(SystemExit, match="--task all takes"):
+            evaluation.main(["--task", "all", *bad])
+
+
 def test_an_episode_can_be_drawn(tmp_path, capsys):
     evaluation.main(["--task", "points24", "--model", "pocket", "--episodes", "1", "--max-new-tokens", "80",
                      "--render", str(tmp_path / "game.gif"), "--out", str(tmp_path / "game.json")])
