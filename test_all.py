@@ -2734,7 +2734,7 @@ def test_each_result_belongs_to_its_command():
         assert Path(end.get("policy", folder.name)).name == folder.name
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == 15_000
         assert len(recorded.metrics(folder)) == 29 and end["seed"] == 10_000
-        assert end["episodes"] == (10_000 if config["task"] == "blackjack" else 1000)
+        assert end["episodes"] == {"blackjack": 10_000, "alfworld": 500}.get(config["task"], 1000)
 
 
 def test_every_command_in_the_readmes_parses():

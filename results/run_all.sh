@@ -80,7 +80,7 @@ family() {   # family NAME GAMES FAMILY ARGUMENTS…: RL on a pocket model of an
 
 runs() {
     local task seed cot_lambda setting
-    declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=1000)
+    declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=500)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
     # what is not trained
     for task in blackjack points24 numberline ezpoints; do
@@ -99,15 +99,15 @@ runs() {
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
         for player in random heuristic expert; do
-            echo evaluate alfworld-$player 1000 --task alfworld --policy $player
+            echo evaluate alfworld-$player ${games[alfworld]} --task alfworld --policy $player
         done
-        echo evaluate alfworld-start 1000 --task alfworld --model pocket
-        echo evaluate alfworld-start-no-cot 1000 --task alfworld --model pocket --no-cot
+        echo evaluate alfworld-start ${games[alfworld]} --task alfworld --model pocket
+        echo evaluate alfworld-start-no-cot ${games[alfworld]} --task alfworld --model pocket --no-cot
         for seed in 1 2 3; do
-            echo train alfworld-seed$seed 1000 --model pocket --task alfworld --seed $seed
-            echo train alfworld-no-cot-seed$seed 1000 --model pocket --task alfworld --no-cot --seed $seed
+            echo train alfworld-seed$seed ${games[alfworld]} --model pocket --task alfworld --seed $seed
+            echo train alfworld-no-cot-seed$seed ${games[alfworld]} --model pocket --task alfworld --no-cot --seed $seed
             for cot_lambda in 0 0.5; do
-                echo train alfworld-lambda-$cot_lambda-seed$seed 1000 --model pocket --task alfworld --cot-lambda $cot_lambda --seed $seed
+                echo train alfworld-lambda-$cot_lambda-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda $cot_lambda --seed $seed
             done
         done
     fi
