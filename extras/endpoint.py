@@ -109,7 +109,7 @@ class EndpointPlayer:
         self.lock, self.stack = threading.Lock(), contextlib.ExitStack()
         self.kept, self.met = {}, Counter()             # (request's hash, k) → body; how often each request was met
         self.count, self.failed, self.failed_in_a_row, self.missing = Counter(), Counter(), 0, 0
-        self.used = []                                  # the Answers that played
+        self.used, self.over = [], False                # the Answers that played; whether to make no call any more
 
     # -- on disk
     def __enter__(self):
@@ -172,6 +172,8 @@ class EndpointPlayer:
 
     def _ask(self, request, k, prompt, picture):
         """Make a call and keep its answer at once, or count how it failed."""
+        if self.over:                                   # a call before this one raised what ends the evaluation
+            return
         self._count("calls")
         try:
             body = json.loads(self._post(prompt, picture))
@@ -200,6 +202,7 @@ class EndpointPlayer:
             self.bar.set_postfix(failed=self.failed.total())
             patience = max(GIVE_UP, 2 * self.concurrency) if self.kept else min(self.concurrency, self.missing)
             if kind in UNUSABLE or self.failed_in_a_row >= patience:
+                self.over = True
                 raise ModelError(f"{self.model!r} at {self.url} does not answer ({kind}: {str(said)[:300]}): check "
                                  "--endpoint (most end in /v1), --model and $OPENAI_API_KEY")
 
