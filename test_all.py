@@ -2647,7 +2647,7 @@ def test_each_fault_is_counted_and_only_what_failed_is_asked_again(endpoint_play
     assert counts["answered_by"] == "stub-1" and counts["temperature"] == "the endpoint's default"
     assert [choice.text for choice in choices] == [text, *10 * [None], "", "", text, text, text]
     assert [choice.named for choice in choices] == [True, *12 * [False], True, True, True]
-    assert "10 calls failed" in (said := capsys.readouterr().out) and "asks them again" in said
+    assert "failed calls: 10 (" in (said := capsys.readouterr().out) and "asks them again" in said
     sent = stub.bodies[0]
     assert sent["model"] == "stub" and sent["max_tokens"] == 256 and not {"temperature", "seed"} & set(sent)
     assert set(stub.keys) == {"Bearer none"}
@@ -2670,6 +2670,17 @@ def test_each_fault_is_counted_and_only_what_failed_is_asked_again(endpoint_play
             assert "damaged lines (1, 3, 18)" in capsys.readouterr().out if asked else True
             with pytest.raises(ModelError, match="in use by process .* --transcripts"), endpoint_player(stub):
                 pass
+
+    drawn = []                                              # what an unreadable answer plays hangs on no other game
+    with Stub(lambda *_: changed({"content": "Well."})) as stub:
+        for step in (1, -1):
+            with endpoint_player(stub) as player:
+                drawn.append([choice.index for choice in player(*(part[::step] for part in states))][::step])
+        for changed_one in ({"seed": 1}, {"temperature": 0.3}, {"max_new_tokens": 9}):      # other draws
+            with endpoint_player(stub, **changed_one) as player:
+                player(*states)
+                assert player.counts()["calls"] == len(faults)
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {0, 1}
 
 
 def test_the_clients_retries_are_counted_and_calls_run_at_once(endpoint_player):
@@ -2804,8 +2815,8 @@ def test_transformers_serve_answers_as_the_policy_does(endpoint_player, tmp_path
             game = GAMES["blackjack"]()
             states = list(zip(*[(game, *game.reset(seed=0))] * 12))
             assert len({choice.text for choice in player(*states)}) > 1
-    prompts = [policy.encode([picture], [parse.make_prompt(game, info)])[0] for task in GAMES
-               for game in [GAMES[task]() for _ in range(3)] for picture, info in [game.reset(seed=10_000)]]
+    prompts = [policy.encode([picture], [parse.make_prompt(game, info)])[0] for task in GAMES for k in range(3)
+               for game in [GAMES[task]()] for picture, info in [game.reset(seed=10_000 + k)]]
     assert tokens == sum(len(prompt.ids) for prompt in prompts)             # one view, one start token
 
 

@@ -136,8 +136,8 @@ class EndpointPlayer:
         self.client.close()
         if self.failed and not kind:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(self.failed.items()))
-            print(f"note: {self.failed.total()} calls failed ({kinds}) and a random action was played: the same "
-                  "command asks them again")
+            print(f"note: failed calls: {self.failed.total()} ({kinds}); a random action was played instead, and the "
+                  "same command asks them again")
 
     def _take_up(self, line):
         """Take a line of the file as a kept answer; False where it is damaged."""
