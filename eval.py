@@ -13,6 +13,7 @@ Does not handle: who plays (players.py), letting a policy answer (rollout.py).
 """
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -280,7 +281,9 @@ def play_task(options, policy, name, settings, task, watch=None):
     """Return evaluate's summary of one task, the player's name before it, an endpoint's calls behind it."""
     player = make_player(options, policy, settings, task)
     world = {name: settings[name] for name in WORLD} if task == "alfworld" else {}
-    result = evaluate(player, task, options.episodes, options.seed, settings["num_envs"], settings["cot"], watch, world)
+    with player if options.endpoint else contextlib.nullcontext():      # its folder's lock, its threads
+        result = evaluate(player, task, options.episodes, options.seed, settings["num_envs"], settings["cot"], watch,
+                          world)
     return {"policy": name, **result, **(player.counts() if options.endpoint else {})}
 
 

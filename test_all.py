@@ -4,13 +4,17 @@
 """
 
 import ast
+import base64
 import copy
 import dataclasses
 import doctest
 import functools
 import gc
+import hashlib
+import http.server
 import importlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -24,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -53,8 +58,9 @@ import rollout as playing
 import sft
 import train
 from env import GAMES
-from extras import bench, features, plot, pocket, pocket_alfworld, recorded, shapes, speed_ablation, tables
+from extras import bench, features, plot, pocket, pocket_alfworld, recorded, serve, shapes, speed_ablation, tables
 from extras import tiny as tiny_models
+from extras.endpoint import EndpointPlayer
 from extras.film import Film
 from games import draw, expert, household, houses
 from games.formula import evaluate, solutions
@@ -2572,6 +2578,279 @@ def test_a_household_run_goes_on_bit_for_bit(alfworld, tiny, tmp_path, monkeypat
     assert set(result["success_by_kind"]) <= set(houses.TASKS) and result["success"] <= 1
 
 
+# ---- extras/endpoint.py, extras/serve.py ---------------------------------------------------------------------------
+GOOD = {"model": "stub-1", "choices": [{"message": {"content": parse.make_answer("stand", "I choose stand.")}}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
+
+
+class Stub:
+    """A server on the loopback: reply(n-th call, its JSON) → a response's JSON, or what goes wrong with it."""
+
+    def __init__(self, reply):
+        self.reply, self.bodies, self.keys, self.over = reply, [], [], threading.Event()
+        lock, stub = threading.Lock(), self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    number = len(stub.bodies)
+                    stub.bodies.append(asked)
+                    stub.keys.append(self.headers["authorization"])
+                    found = stub.reply(number, asked)
+                self.send(found)
+
+            def send(self, found):
+                status, text = found if isinstance(found, tuple) else (200, json.dumps(found))
+                if found == "slow":
+                    stub.over.wait(30)
+                if found in ("nothing", "slow"):
+                    return
+                text = "{'garbage" if found == "garbage" else text
+                self.send_response(status)
+                self.send_header("retry-after-ms", "1")
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(text) + (50 if found == "half" else 0)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def endpoint_player(tmp_path, monkeypatch):
+    """EndpointPlayer on one folder of answers, without a key in the environment, quick to give up a call."""
+    pytest.importorskip("openai", reason="pip install -r extras/requirements-endpoint.txt")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return lambda stub, **options: EndpointPlayer(stub.url, "stub", **(
+        {"folder": tmp_path / "kept", "concurrency": 1, "max_retries": 0, "timeout": 30} | options))
+
+
+def changed(message=None, **choice):
+    """The good response with another message or choice."""
+    return GOOD | {"choices": [GOOD["choices"][0] | choice | ({"message": message} if message else {})]}
+
+
+def test_each_fault_is_counted_and_only_what_failed_is_asked_again(endpoint_player, capsys, tmp_path):
+    text = GOOD["choices"][0]["message"]["content"]
+    faults = [GOOD, (429, "{}"), (500, "oh"), "slow", "half", "nothing", "garbage", (200, "[" * 100_000),
+              GOOD | {"choices": []}, (200, "[]"), (400, "{}"),
+              changed({"content": None}), changed({"content": None, "refusal": "I cannot play."}),
+              changed({"content": [{"type": "thinking"}, {"type": "text", "text": text}]}),
+              changed(finish_reason="length"), {key: GOOD[key] for key in ("model", "choices")}]
+    states = list(zip(*states_of("blackjack", len(faults))))
+    with Stub(lambda number, _: faults[number]) as stub, endpoint_player(stub, timeout=3) as player:
+        choices = player(*states)
+        counts = player.counts()
+    assert counts["failed_by_kind"] == {"400": 1, "429": 1, "500": 1, "broken off": 2, "no choices": 2, "not JSON": 2,
+                                        "time-out": 1}
+    assert (counts["calls"], counts["failed_calls"], counts["calls_from_disk"], counts["retries"]) == (16, 10, 0, 0)
+    assert counts["odd_answers"] == {"content list": 1, "no text": 1, "refusal": 1} and counts["answers_cut"] == 1
+    assert (counts["prompt_tokens"], counts["completion_tokens"], counts["answers_without_usage"]) == (50, 15, 1)
+    assert counts["answered_by"] == "stub-1" and counts["temperature"] == "the endpoint's default"
+    assert [choice.text for choice in choices] == [text, *10 * [None], "", "", text, text, text]
+    assert [choice.named for choice in choices] == [True, *12 * [False], True, True, True]
+    assert "failed calls: 10 (" in (said := capsys.readouterr().out) and "asks them again" in said
+    sent = stub.bodies[0]
+    assert sent["model"] == "stub" and sent["max_tokens"] == 256 and not {"temperature", "seed"} & set(sent)
+    assert set(stub.keys) == {"Bearer none"}
+
+    with Stub(lambda *_: GOOD) as stub, endpoint_player(stub) as player:    # another port is another endpoint
+        player.url = counts["endpoint"]
+        again = player(*states)
+        assert len(stub.bodies) == player.counts()["calls"] == 10 and player.counts()["calls_from_disk"] == 6
+    assert again[11:] == choices[11:] and all(choice.text == text for choice in again[:11])
+
+    file = tmp_path / "kept" / "calls.jsonl"
+    lines = file.read_text().splitlines()
+    lines[0] = lines[0].replace("I choose stand", "I choose Stand")         # still JSON, not what was answered
+    file.write_text("\n".join([lines[0], "", "7", *lines[1:-1], lines[-1][:-30]]))
+    for asked in (2, 0):
+        with Stub(lambda *_: GOOD) as stub, endpoint_player(stub) as player:
+            player.url = counts["endpoint"]
+            player(*states)
+            assert len(stub.bodies) == asked
+            assert "damaged lines (1, 3, 18)" in capsys.readouterr().out if asked else True
+            with pytest.raises(ModelError, match="in use by process .* --transcripts"), endpoint_player(stub):
+                pass
+
+    drawn = []                                              # what an unreadable answer plays hangs on no other game
+    with Stub(lambda *_: changed({"content": "Well."})) as stub:
+        for step in (1, -1):
+            with endpoint_player(stub) as player:
+                drawn.append([choice.index for choice in player(*(part[::step] for part in states))][::step])
+        for changed_one in ({"seed": 1}, {"temperature": 0.3}, {"max_new_tokens": 9}):      # other draws
+            with endpoint_player(stub, **changed_one) as player:
+                player(*states)
+                assert player.counts()["calls"] == len(faults)
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {0, 1}
+
+
+def test_the_clients_retries_are_counted_and_calls_run_at_once(endpoint_player):
+    states = list(zip(*states_of("blackjack", 12)))
+    with Stub(lambda number, _: [(429, "{}"), (503, ""), GOOD][min(number, 2)]) as stub:
+        with endpoint_player(stub, max_retries=2, greedy=True) as player:
+            player(*states)
+            assert player.counts()["retries"] == 2 and player.counts()["failed_calls"] == 0
+    assert len(stub.bodies) == 14 and {asked["temperature"] for asked in stub.bodies} == {0.0}
+
+    barrier = threading.Barrier(4)                                          # answers come only if four calls wait
+    with Stub(lambda *_: GOOD) as stub, endpoint_player(stub, concurrency=4) as player:
+        post, player._post = player._post, lambda *given: (barrier.wait(30), post(*given))[1]
+        player(*states)
+    assert len(stub.bodies) == 12
+
+    def newer(_, asked):                                                    # as OpenAI's own newer models say it
+        return (400, '{"error": {"message": "Use max_completion_tokens"}}') if "max_tokens" in asked else GOOD
+    with Stub(newer) as stub, endpoint_player(stub, max_new_tokens=77) as player:
+        assert all(choice.named for choice in player(*states))
+    assert len(stub.bodies) == 13 and stub.bodies[-1]["max_completion_tokens"] == 77
+
+
+def test_an_endpoint_that_cannot_be_used_ends_with_a_sentence(endpoint_player, tmp_path, monkeypatch):
+    states = list(zip(*states_of("blackjack", 30)))
+    for status, asked in ((401, 1), (404, 1), (400, 8), (503, 8)):          # none, or none of the first eight, plays
+        with Stub(lambda *_, status=status: (status, '{"error": {"message": "no such thing"}}')) as stub:
+            with pytest.raises(ModelError, match=f"does not answer.*{status}.*OPENAI_API_KEY"):
+                with endpoint_player(stub, concurrency=8 if asked > 1 else 1) as player:
+                    player(*states)
+        assert asked <= len(stub.bodies) < asked + (8 if asked > 1 else 1)
+    with pytest.raises(ModelError, match="no connection: .*refused"):
+        with endpoint_player(stub) as player:
+            player(*states)
+    for url in ("localhost:8000", "http://me:secret@localhost/v1", "http://[1"):
+        with pytest.raises(ModelError, match="endpoint") as error:
+            EndpointPlayer(url, "stub")
+        assert "secret" not in str(error.value)
+    with pytest.raises(SystemExit, match="requirements-endpoint.txt"):
+        monkeypatch.setitem(sys.modules, "openai", None)
+        evaluation.main(["--task", "blackjack", "--endpoint", "http://127.0.0.1:9/v1", "--model", "stub"])
+
+
+@pytest.mark.parametrize("how", ["the server refuses", "Ctrl-C"])
+def test_an_interrupted_evaluation_goes_on_and_pays_for_no_answer_twice(how, endpoint_player, tmp_path, capsys):
+    """The same result, and in all as many answers given, as if nothing had happened."""
+    def drawing():
+        met, given = Counter(), []
+
+        def reply(_, asked):                            # the k-th answer to a state is a draw of its own; some say none
+            key = json.dumps(asked)
+            if len(given) == stops_at[0]:
+                return (500, "{}")
+            met[key] += 1
+            given.append(key)
+            digit = int(hashlib.sha256(f"{key}{met[key]}".encode()).hexdigest(), 16)
+            return changed({"content": parse.make_answer("+-?"[digit % 3], "I choose it.")})
+        return reply, given
+
+    def command(stub, folder):
+        return ["--task", "numberline", "--endpoint", stub.url, "--model", "stub", "--episodes", "12", "--num-envs",
+                "5", "--concurrency", "1", "--transcripts", str(tmp_path / folder)]
+
+    stops_at = [None]
+    reply, whole = drawing()
+    with Stub(reply) as stub:
+        evaluation.main(command(stub, "whole"))
+        expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert len(whole) == expected["calls"] == expected["steps"] > 40 and 0.3 < expected["parse_rate"] < 0.9
+        stub.reply, given = drawing()
+        cut = endpoint_player(stub, folder=tmp_path / "cut", seed=Settings.eval_seed)
+        if how == "Ctrl-C":
+            seen = []
+
+            def watch(_, choice, __):
+                seen.append(choice)
+                if len(seen) == 30:
+                    raise KeyboardInterrupt
+            with pytest.raises(KeyboardInterrupt), cut as player:
+                evaluation.evaluate(player, "numberline", 12, Settings.eval_seed, 5, watch=watch)
+        else:
+            stops_at[0] = 30
+            # 20 failed calls in a row end it; the games went on at random meanwhile
+            with pytest.raises(ModelError, match="500"), cut as player:
+                evaluation.evaluate(player, "numberline", 12, Settings.eval_seed, 5)
+            stops_at[0] = None
+        assert 0 < len(given) < len(whole) and "the same command goes on" in capsys.readouterr().out
+        evaluation.main(command(stub, "cut"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert sorted(given) == sorted(whole)
+    assert result["calls"] + result["calls_from_disk"] == expected["calls"] and result["calls_from_disk"] == 30
+    assert all(result[key] == expected[key] for key in set(result) - {"calls", "calls_from_disk"})
+
+
+def test_a_server_with_the_experts_answers_plays_as_the_expert(endpoint_player):
+    """Prompt and picture arrive whole: an answer is looked up by both, the picture as decoded from its PNG."""
+    answers, script = {}, players.scripted_player("expert", "points24", 0)
+
+    def noting(games, pictures, infos):
+        choices = script(games, pictures, infos)
+        for game, picture, info, choice in zip(games, pictures, infos, choices):
+            thoughts = expert.thoughts("points24", info, choice.action)
+            answers[parse.make_prompt(game, info), picture.tobytes()] = parse.make_answer(choice.action, thoughts)
+        return choices
+
+    def reply(_, asked):
+        image, text = asked["messages"][0]["content"]
+        png = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        picture = np.asarray(draw.Image.open(io.BytesIO(png)))
+        return changed({"content": answers[text["text"], picture.tobytes()]})
+
+    expected = evaluation.evaluate(noting, "points24", 10, 0)
+    with Stub(reply) as stub, endpoint_player(stub, concurrency=4) as player:
+        found = evaluation.evaluate(player, "points24", 10, 0)
+    spoken = {"parse_rate", "reading_rate", "plan_rate", "plan_followed"}   # the script says nothing
+    assert {key: found[key] for key in set(found) - spoken} == {key: expected[key] for key in set(found) - spoken}
+    assert found["parse_rate"] == found["reading_rate"] == found["plan_rate"] == 1.0
+
+
+def test_transformers_serve_answers_as_the_policy_does(endpoint_player, tmp_path):
+    """A server of other people: greedy answers are the policy's to the letter, with temperature they are draws."""
+    pytest.importorskip("fastapi", reason="pip install -r extras/requirements-endpoint.txt")
+    pytest.importorskip("uvicorn", reason="pip install -r extras/requirements-endpoint.txt")
+    policy, _ = players.open_policy("pocket")
+    serve.one_view(policy, tmp_path / "one-view")
+    with serve.serving(tmp_path / "one-view") as url:
+        there = functools.partial(EndpointPlayer, url, str(tmp_path / "one-view"), tmp_path / "kept", 2)
+        with there(greedy=True) as player:
+            assert serve.same_answers(policy, player, 3) == 12
+            tokens = player.counts()["prompt_tokens"]
+        with there(temperature=policy.temperature) as player:
+            game = GAMES["blackjack"]()
+            states = list(zip(*[(game, *game.reset(seed=0))] * 12))
+            assert len({choice.text for choice in player(*states)}) > 1
+    prompts = [policy.encode([picture], [parse.make_prompt(game, info)])[0] for task in GAMES for k in range(3)
+               for game in [GAMES[task]()] for picture, info in [game.reset(seed=10_000 + k)]]
+    assert tokens == sum(len(prompt.ids) for prompt in prompts)             # one view, one start token
+
+
+def test_what_was_served_and_what_was_played_here_agree():
+    """results/bench/endpoint.json: the difference of two shares is within what chance allows."""
+    found = json.loads((HERE / "results" / "bench" / "endpoint.json").read_text())
+    assert found["greedy_same"]["one view"] == found["greedy_asked"] >= 80
+    for task, pair in found["tasks"].items():
+        there, here = pair["served"], pair["local"]
+        assert there["episodes"] == here["episodes"] >= 100 and there["failed_calls"] == 0
+        for key, count in (("success", "episodes"), ("expert_agreement", "steps"), ("parse_rate", "steps")):
+            share = (there[key] + here[key]) / 2
+            spread = math.sqrt(share * (1 - share) * (1 / there[count] + 1 / here[count]))
+            assert abs(there[key] - here[key]) <= 2.6 * spread, (task, key)
+
+
 # ---- extras: bench.py, shapes.py, speed_ablation.py ----------------------------------------------------------------
 def test_flops_agree_with_torchs_counter(agent):
     prompts, responses = samples_of(agent, 1, ("blackjack",))
@@ -2660,7 +2939,7 @@ PARSERS = {"train.py": lambda: run_settings.make_parser(Settings), "eval.py": ev
            "-m extras.features": lambda: run_settings.make_parser(features.FeatureSettings),
            "-m extras.pocket_alfworld": pocket_alfworld.make_parser,
            "-m extras.bench": bench.make_parser, "-m extras.speed_ablation": speed_ablation.make_parser,
-           "-m extras.plot": plot.make_parser}
+           "-m extras.serve": serve.make_parser, "-m extras.plot": plot.make_parser}
 PAGES = ("README.md", "results/README.md", "results/tried/README.md", "extras/README.md")
 
 

@@ -85,7 +85,7 @@ def drop(folder):
 
 # ---- whose folder it is ---------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, flag="--out"):
     """Hold the folder's lock; ModelError that says who holds it. The system frees it when the program ends, however."""
     with contextlib.ExitStack() as stack:
         with foreign(folder):
@@ -96,7 +96,7 @@ def locked(folder):
         except BlockingIOError:
             file.seek(0)
             raise ModelError(f"{folder} is in use by {file.read().strip() or 'another program'}: wait for it, stop it, "
-                             "or choose another --out") from None
+                             f"or choose another {flag}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
