@@ -2612,6 +2612,7 @@ def check_side(task, seed, side):
         picture, reward, terminated, truncated, info = game.step(game.legal_actions().index(step["action"]))
         total += reward
         assert (step["reward"], step["return"]) == (reward, total)
+        assert step["unnamed_reward"] == (0 if step["named"] else game.unnamed_reward)
         assert (terminated or truncated) == (k == len(side["steps"]) - 1)
     end = side["end"]
     assert (end["return"], end["truncated"], end["success"]) == (total, truncated, info["is_success"])
@@ -2619,7 +2620,7 @@ def check_side(task, seed, side):
         # A_t = Σ_k (γ λ_gae)^k δ_{t+k}, written out
         values = [*(step["value"] for step in side["steps"]), end.get("value", 0)]
         assert ("value" in end) == truncated
-        deltas = [side["reward_scale"] * step["reward"] + side["gamma"] * after - now
+        deltas = [side["reward_scale"] * (step["reward"] + step["unnamed_reward"]) + side["gamma"] * after - now
                   for step, now, after in zip(side["steps"], values, values[1:])]
         for t, step in enumerate(side["steps"]):
             discounted = [(side["gamma"] * side["gae_lambda"]) ** k * delta for k, delta in enumerate(deltas[t:])]
@@ -2665,6 +2666,19 @@ def test_a_runs_page_has_its_advantages(stopped_run, tmp_path, capsys):
     picture, info = GAMES["numberline"]().reset(seed=data["seed"])
     [prompt] = policy.encode([picture], [run["steps"][0]["prompt"]])
     assert policy.value([prompt]).item() == pytest.approx(run["steps"][0]["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize("cot, tokens", [(True, 60), (False, 60), (True, 3)])
+def test_advantages_are_of_scaled_rewards_and_what_an_unnamed_action_costs(agent, monkeypatch, cot, tokens):
+    """Rewards of 10 scaled, a head that is not trained but counts; three tokens name no action, which costs one."""
+    monkeypatch.setattr(GAMES["ezpoints"], "unnamed_reward", -1.0)
+    agent.value_head.fitted.fill_(True)
+    settings = {"cot": cot, "max_new_tokens": tokens, "cot_lambda": 0.3, "gamma": 0.8, "gae_lambda": 0.7,
+                "reward_scale": 0.1}
+    [side] = viewer.Page("ezpoints", 10_004, False, [(agent, "untrained", settings)]).data()["sides"]
+    check_side("ezpoints", 10_004, side)
+    assert side["learned"] and side["lambda"] == 0.3 and len({step["value"] for step in side["steps"]}) > 1
+    assert tokens > 3 or not any(step["named"] for step in side["steps"])
 
 
 HOSTILE = ['</script><script>alert(1)</script><img src=x onerror=alert(1)>', '<!--<script>', '{"action"}</SCRIPT >',

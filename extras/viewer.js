@@ -174,14 +174,14 @@ function begin() {
     dot.addEventListener("click", () => go(k));
     $("dots").append(dot);
   }
-  if (last > 16) $("dots").style.setProperty("--dot", "14px");
+  if (last > 20) $("dots").style.cssText = "--dot: 11px; --size: 6px";
   for (const share of [1, 0.5, 0.1, 0.01]) {
-    const sample = make("span", {class: "token"}, `${100 * share} %`);
+    const sample = make("span", {class: "token"}, `${share > 0.01 ? "" : "≤ "}${100 * share} %`);
     shade(sample, Math.log(share));
     $("legend").append(sample);
   }
   $("legend").hidden = !scored.length;
-  $("sides").classList.toggle("alone", data.sides.length === 1);
+  document.body.classList.toggle("alone", data.sides.length === 1);
   $("goal").textContent = data.goal;
   $("notes").append(...notes(scored).map(text => make("p", null, text)));
   $("previous").addEventListener("click", () => go(here - 1));

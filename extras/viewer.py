@@ -130,7 +130,7 @@ def play_side(task, seed, policy, settings, choose) -> dict:
             [prompt] = policy.encode([picture], [make_prompt(game, info, settings["cot"])])
             end["value"] = policy.value([prompt]).item()
         add_advantages(steps, end.get("value", 0.0), terminated, settings)
-    goal = f"Your task is to: {info['task']}." if task == "alfworld" else game.unwrapped.description
+    goal = f"Your task is to: {info['task']}" if task == "alfworld" else game.unwrapped.description
     return {"goal": goal, "cot": settings["cot"], "learned": learned, "steps": steps, "end": end,
             **{key: settings.get(key) for key in ("gamma", "gae_lambda", "reward_scale")},
             "temperature": policy.temperature if policy else None}
