@@ -166,7 +166,7 @@ def make_parser():
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
     parser.add_argument("--render", metavar="FILE", help="also show the first episode: .html with each token's "
                         "probability, V and advantages, .gif or .png")
-    parser.add_argument("--beside", metavar="RUN", help="a second run or model, beside the first in the .html")
+    parser.add_argument("--beside", metavar="RUN", help="a second run, model or policy, beside the first in the .html")
     parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
     remote = parser.add_argument_group("a model behind an OpenAI-compatible endpoint (extras/endpoint.py)")
     remote.add_argument("--endpoint", metavar="URL", help="such as https://api.openai.com/v1; --model names "
@@ -260,7 +260,13 @@ def play(options, given):
     """Play one task, print what came of it, draw its first episode; return the result."""
     policy, name, settings = find_policy(options, given, options.task)
     film = None
-    if (options.render or "").endswith((".gif", ".png")):
+    if (options.render or "").endswith(".html"):
+        from extras.viewer import Page, asked_beside
+        sides = [(policy, name, settings)]
+        if options.beside:
+            sides.append(find_policy(*asked_beside(options, given, settings), options.task))
+        film = Page(options.task, options.seed, options.greedy, sides)
+    elif options.render:
         from extras.film import Film
         film = Film()
     result = play_task(options, policy, name, settings, options.task, film)
@@ -271,9 +277,6 @@ def play(options, given):
         print(f"{'others win':18} {others} (results/baselines)")
     if film:
         film.save(options.render)
-    elif options.render:
-        from extras.viewer import write_page
-        write_page(options, given, policy, name, settings)
     return result
 
 

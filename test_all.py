@@ -11,6 +11,7 @@ import doctest
 import functools
 import gc
 import hashlib
+import html
 import http.server
 import importlib
 import inspect
@@ -33,6 +34,7 @@ import warnings
 import weakref
 from collections import Counter
 from fractions import Fraction
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +60,19 @@ import rollout as playing
 import sft
 import train
 from env import GAMES
-from extras import bench, features, plot, pocket, pocket_alfworld, recorded, serve, shapes, speed_ablation, tables
+from extras import (
+    bench,
+    features,
+    plot,
+    pocket,
+    pocket_alfworld,
+    recorded,
+    serve,
+    shapes,
+    speed_ablation,
+    tables,
+    viewer,
+)
 from extras import tiny as tiny_models
 from extras.endpoint import EndpointPlayer
 from extras.film import Film
@@ -2849,6 +2863,185 @@ def test_what_was_served_and_what_was_played_here_agree():
             share = (there[key] + here[key]) / 2
             spread = math.sqrt(share * (1 - share) * (1 / there[count] + 1 / here[count]))
             assert abs(there[key] - here[key]) <= 2.6 * spread, (task, key)
+
+
+# ---- extras/viewer.py ----------------------------------------------------------------------------------------------
+class Scripts(HTMLParser):
+    """What a browser takes the page for: the text of each <script>, every address, every tag that was opened."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.scripts, self.addresses, self.tags, self.inside = [], [], [], False
+        self.text = file.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.inside = tag == "script"
+        self.scripts += [""] * self.inside
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[-1] += data
+
+
+def page_data(file):
+    """The figures in a page, which holds nothing from elsewhere and no script that is not ours."""
+    page = Scripts(file)
+    assert len(page.scripts) == 2 and "use strict" in page.scripts[1] and "{{" not in page.text
+    assert not page.addresses and not re.search(r"https?://|url\(|@import|fetch\(|innerHTML", page.text)
+    return json.loads(page.scripts[0])
+
+
+def check_side(task, seed, side):
+    """The game again from the actions alone, the sums again from the tokens."""
+    game, total = GAMES[task](), 0
+    picture, info = game.reset(seed=seed)
+    for k, step in enumerate(side["steps"]):
+        shown = draw.Image.open(io.BytesIO(base64.b64decode(step["picture"].partition("base64,")[2])))
+        assert np.array_equal(np.asarray(shown), picture) and step["info"] == json.loads(json.dumps(info))
+        assert step["expert"] == expert.best_actions(task, info)
+        if step["text"] is not None:
+            assert step["prompt"] == parse.make_prompt(game, info, side["cot"])
+            named, start = parse.parse(step["text"], game.legal_actions())
+            assert (step["named"], step["action_character"]) == (named is not None, start)
+            assert named in (None, step["action"])
+        if "tokens" in step:
+            parts = sum(step["logp"][:step["action_token"]]), sum(step["logp"][step["action_token"]:])
+            assert "".join(step["tokens"]) == step["text"] and len(step["tokens"]) == len(step["logp"])
+            assert len("".join(step["tokens"][:step["action_token"]])) <= step["action_character"]
+            assert (step["thought_logp"], step["action_logp"]) == pytest.approx(parts, abs=1e-4)
+            assert step["weighted_logp"] == pytest.approx(side["lambda"] * parts[0] + parts[1], abs=1e-4)
+        picture, reward, terminated, truncated, info = game.step(game.legal_actions().index(step["action"]))
+        total += reward
+        assert (step["reward"], step["return"]) == (reward, total)
+        assert step["unnamed_reward"] == (0 if step["named"] else game.unnamed_reward)
+        assert (terminated or truncated) == (k == len(side["steps"]) - 1)
+    end = side["end"]
+    assert (end["return"], end["truncated"], end["success"]) == (total, truncated, info["is_success"])
+    if side["learned"]:
+        # A_t = Σ_k (γ λ_gae)^k δ_{t+k}, written out
+        values = [*(step["value"] for step in side["steps"]), end.get("value", 0)]
+        assert ("value" in end) == truncated
+        deltas = [side["reward_scale"] * (step["reward"] + step["unnamed_reward"]) + side["gamma"] * after - now
+                  for step, now, after in zip(side["steps"], values, values[1:])]
+        for t, step in enumerate(side["steps"]):
+            discounted = [(side["gamma"] * side["gae_lambda"]) ** k * delta for k, delta in enumerate(deltas[t:])]
+            assert step["advantage"] == pytest.approx(sum(discounted), abs=1e-5)
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_a_pages_figures_are_the_games_and_the_tokens(task, tmp_path, capsys):
+    """Before RL (no V yet), beside a script; the answers are the evaluation's own."""
+    evaluation.main(["--task", task, "--model", "pocket", "--beside", "random", "--episodes", "1", "--seed", "10003",
+                     "--max-new-tokens", "60", "--render", str(tmp_path / "game.html")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    data = page_data(tmp_path / "game.html")
+    model, script = data["sides"]
+    for side in (model, script):
+        check_side(task, data["seed"], side)
+    assert (model["name"], script["name"], model["lambda"], model["learned"]) == ("pocket", "random", 0.5, False)
+    assert (result["steps"], result["return_mean"]) == (len(model["steps"]), model["end"]["return"])
+    assert all(step["tokens"] and step["value"] is None and "advantage" not in step for step in model["steps"])
+    assert all(step["text"] is None and "tokens" not in step for step in script["steps"])
+
+
+def test_a_runs_page_has_its_advantages(stopped_run, tmp_path, capsys):
+    """A random model of four tokens an answer: all drawn at random, out of time in the end. Its λ goes for both."""
+    folder, command = stopped_run
+    model = command[command.index("--model") + 1]
+    for seed in map(str, range(10_000, 10_020)):
+        evaluation.main(["--task", "numberline", "--run", str(folder), "--beside", model, "--episodes", "1",
+                         "--seed", seed, "--max-new-tokens", "4", "--render", str(tmp_path / "game.html")])
+        data = page_data(tmp_path / "game.html")
+        if data["sides"][0]["end"]["truncated"]:
+            break
+    run, plain = data["sides"]
+    config = json.loads((folder / "config.json").read_text())
+    assert run["learned"] and not plain["learned"] and run["end"]["truncated"]
+    assert {key: run[key] for key in ("gamma", "gae_lambda", "reward_scale")} == {
+        key: config[key] for key in ("gamma", "gae_lambda", "reward_scale")}
+    assert run["lambda"] == plain["lambda"] == config["cot_lambda"]
+    for side in (run, plain):
+        check_side("numberline", data["seed"], side)
+    assert "/" not in plain["name"]                                     # not where the folder lies on this machine
+    policy, _ = players.open_run(folder)
+    picture, info = GAMES["numberline"]().reset(seed=data["seed"])
+    [prompt] = policy.encode([picture], [run["steps"][0]["prompt"]])
+    assert policy.value([prompt]).item() == pytest.approx(run["steps"][0]["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize("cot, tokens", [(True, 60), (False, 60), (True, 3)])
+def test_advantages_are_of_scaled_rewards_and_what_an_unnamed_action_costs(agent, monkeypatch, cot, tokens):
+    """Rewards of 10 scaled, a head that is not trained but counts; three tokens name no action, which costs one."""
+    monkeypatch.setattr(GAMES["ezpoints"], "unnamed_reward", -1.0)
+    agent.value_head.fitted.fill_(True)
+    settings = {"cot": cot, "max_new_tokens": tokens, "cot_lambda": 0.3, "gamma": 0.8, "gae_lambda": 0.7,
+                "reward_scale": 0.1}
+    [side] = viewer.Page("ezpoints", 10_004, False, [(agent, "untrained", settings)]).data()["sides"]
+    check_side("ezpoints", 10_004, side)
+    assert side["learned"] and side["lambda"] == 0.3 and len({step["value"] for step in side["steps"]}) > 1
+    assert tokens > 3 or not any(step["named"] for step in side["steps"])
+
+
+HOSTILE = ['</script><script>alert(1)</script><img src=x onerror=alert(1)>', '<!--<script>', '{"action"}</SCRIPT >',
+           ']]>&lt;{{data}}{{script}}', '\u2028\u2029\x00\ud800"\\']
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_an_answer_cannot_break_out_of_a_page(text, tmp_path):
+    for legal in (False, True):
+        answer = text + '{"action": "stand"}' if legal else text
+        page = viewer.Page("blackjack", 0, False, [(None, text, {"cot": True})])
+        page(None, playing.Choice("stand", 0, legal, answer), 0)
+        page(None, playing.Choice("hit", 1, True, "of another game"), 1)
+        page.save(tmp_path / "game.html")
+        plain, found = Scripts(HERE / "extras" / "viewer.html"), Scripts(tmp_path / "game.html")
+        script = (HERE / "extras" / "viewer.js").read_text()
+        assert found.tags == plain.tags and found.scripts[1].strip() == script.strip()
+        [side] = json.loads(found.scripts[0])["sides"]
+        assert side["steps"][0]["text"] == answer.replace("\ud800", "\ufffd") and len(side["steps"]) == 1
+        assert not set("<>&\u2028\u2029") & set(found.scripts[0])
+
+
+def test_a_token_that_ends_within_a_character_is_shown_with_the_next():
+    policy = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    assert viewer.pieces(policy, list("aé→b".encode())) == ["a", "", "é", "", "", "→", "b"]
+    assert viewer.pieces(policy, list("é".encode())[:1]) == ["\ufffd"] and viewer.pieces(policy, []) == []
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--policy", "random", "--beside", "no/such/folder"], "cannot find a model 'no/such/folder'"),
+    (["--model", "pocket", "--beside", "runs?"], "cannot find a model 'runs?'"),
+    (["--policy", "random", "--beside", "always:fly"], "no legal action")])
+def test_nonsense_beside_is_refused_in_words(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        evaluation.main(["--task", "blackjack", "--episodes", "1", *arguments, "--render", str(tmp_path / "x.html")])
+
+
+def test_a_browser_shows_the_step_that_the_address_names(tmp_path, capsys):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium here to open the page with")
+    page = tmp_path / "game.html"
+    evaluation.main(["--task", "ezpoints", "--model", "pocket", "--beside", "expert", "--episodes", "1",
+                     "--seed", "10002", "--render", str(page)])
+    steps = page_data(page)["sides"][0]["steps"]
+    # a script of the test's own behind the page's: it presses "next", as a reader would
+    pressed = page.with_name("pressed.html")
+    pressed.write_text(page.read_text().replace("</body>", '<script>$("next").click()</script></body>'))
+    for address in (f"{page}#2", pressed):
+        shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+                                f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=1000", "--dump-dom",
+                                f"file://{address}"], capture_output=True, text=True, timeout=120)
+        text = html.unescape(re.sub(r"<[^>]*>", "", shown.stdout.split("<main")[1].split("</main>")[0]))
+        assert steps[1]["text"] in text.replace("action v_act", "") and "plays" + steps[1]["action"] in text
+        assert "step 2 of" in shown.stdout and "CONSOLE" not in shown.stderr and "Uncaught" not in shown.stderr
+    assert steps[0]["text"] != steps[1]["text"]
 
 
 # ---- extras: bench.py, shapes.py, speed_ablation.py ----------------------------------------------------------------
