@@ -71,6 +71,7 @@ from extras import (
     shapes,
     speed_ablation,
     tables,
+    tutorial,
     viewer,
 )
 from extras import tiny as tiny_models
@@ -3042,6 +3043,54 @@ def test_a_browser_shows_the_step_that_the_address_names(tmp_path, capsys):
         assert steps[1]["text"] in text.replace("action v_act", "") and "plays" + steps[1]["action"] in text
         assert "step 2 of" in shown.stdout and "CONSOLE" not in shown.stderr and "Uncaught" not in shown.stderr
     assert steps[0]["text"] != steps[1]["text"]
+
+
+# ---- tutorial.ipynb, extras/tutorial.py ---------------------------------------------------------------------------
+def tutorial_cells():
+    return [cell for cell in json.loads(tutorial.FILE.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def shown(cell):
+    """All that a cell printed, and the text/plain of what it displayed, without the pictures."""
+    printed = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+    return printed + "".join("".join(out["data"]["text/plain"]) for out in cell["outputs"] if "data" in out)
+
+
+def test_the_tutorial_is_stored_with_its_outputs_and_nothing_of_its_machine():
+    notebook = json.loads(tutorial.FILE.read_text())
+    assert tutorial.FILE.stat().st_size < 400_000
+    assert notebook["metadata"] == tutorial.METADATA
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"])         # such as times of execution
+    assert [cell["execution_count"] for cell in tutorial_cells()] == [*range(1, len(tutorial_cells()) + 1)]
+    for cell in tutorial_cells():
+        kinds = [output.get("name", output["output_type"]) for output in cell["outputs"]]
+        pictures = sum("image/png" in output.get("data", ()) for output in cell["outputs"])
+        source = "".join(cell["source"])
+        assert set(kinds) <= {"stdout", "display_data", "execute_result"}, cell["id"]   # no warnings, no progress bars
+        assert ("stdout" in kinds) == bool(re.search(r"print\(|make_policy\(", source)), cell["id"]
+        assert pictures == len(re.findall(r"subplots\(|Image\.fromarray", source)), cell["id"]
+        assert not re.search(r"/(work|root|home|opt|tmp|Users)\b|0x[0-9a-f]{6}", shown(cell)), cell["id"]
+
+
+def test_without_its_packages_the_tutorial_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    with pytest.raises(ModelError, match="ipykernel is missing: pip install -r extras/requirements-notebook.txt"):
+        tutorial.execute()
+
+
+def test_the_tutorial_runs_and_shows_what_is_stored():
+    """Word for word. Decimals may differ in the last place; after learning, which adds up rounding, by 0.1."""
+    for package in ("nbformat", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="pip install -r extras/requirements-notebook.txt")
+    notebook = tutorial.execute()
+    decimal = r"-?\d+\.\d+"
+    fresh = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for stored, now in zip(tutorial_cells(), fresh, strict=True):
+        expected, found = shown(stored), shown(now)
+        assert re.sub(rf" *{decimal}", " #", found) == re.sub(rf" *{decimal}", " #", expected), now.id
+        figures = [[float(figure) for figure in re.findall(decimal, text)] for text in (found, expected)]
+        slack = 0.1 if "learns" in now.metadata.get("tags", ()) else 0.011
+        assert figures[0] == pytest.approx(figures[1], abs=slack, rel=0), now.id
 
 
 # ---- extras: bench.py, shapes.py, speed_ablation.py ----------------------------------------------------------------
