@@ -223,8 +223,8 @@ def check_options(options, given):
         raise ValueError(problem)
     if not options.model and {"temperature", "cot", "bits"} & set(given):
         raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
-    if options.endpoint and not options.model:
-        raise ValueError("--endpoint needs --model NAME: the model's name there")
+    if options.endpoint and not options.model or options.endpoint and "bits" in given:
+        raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
     if options.task == "all" and (options.render or (options.policy or "").startswith(("always", "heuristic"))):
         raise ValueError("--task all takes no --render, and of --policy random and expert: the games' actions differ")
     if options.policy:

@@ -143,7 +143,8 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
     if P + long <= 1.1 * (P + short):
         short = long
     few = min(settings.micro_batch_size, math.ceil(settings.minibatch_size / 16))
-    shapes = Shape(settings.micro_batch_size, P, short), Shape(few, P, long)
+    most = min(settings.micro_batch_size, settings.minibatch_size)          # more would be filling
+    shapes = Shape(most, P, short), Shape(few, P, long)
     return [shapes[len(response) > short] for response in responses]
 
 

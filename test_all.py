@@ -1721,7 +1721,8 @@ def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
-    (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more")])
+    (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
+    (["--policy", "random", "--endpoint", "http://localhost:1/v1"], "needs --model NAME")])
 def test_evaluation_says_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit, match=message):
         evaluation.main(["--task", "blackjack", *arguments])
