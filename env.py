@@ -3,6 +3,7 @@
     env = gymnasium.make("cards/Blackjack-v0")        # after `import env`; or env.GAMES["blackjack"]()
     picture, info = env.reset(seed=1)                  # (300, 300, 3) uint8, and what the picture shows
     picture, reward, terminated, truncated, info = env.step(1)        # an index into legal_actions()
+    envs = gymnasium.make_vec("env:cards/Blackjack-v0", num_envs=3, vectorization_mode="async")         # or "sync"
 
 Differs from the published gym_cards: all chance comes from the environment's own generator, formulas are exact
 fractions, two adjacent digits never form a number, NumberLine draws its 30 deals uniformly, the dealer's hidden

@@ -34,6 +34,7 @@ from env import make_game
 from games.expert import expert_action, thoughts
 from parse import make_answer, make_prompt
 from plumbing import parallel
+from plumbing.card import write_lesson_card
 from plumbing.checkpoint import (
     checkpoints,
     held_back_interrupt,
@@ -246,6 +247,7 @@ def _teach(settings, folder):
         save_processor(loaded.processor, part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
+        write_lesson_card(settings, loaded, part)
     write_manifest(part, loaded.weights_hash, settings)
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
         to_disk(file)

@@ -23,6 +23,7 @@ import operator
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -45,11 +46,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from huggingface_hub import ModelCard
 from hypothesis import given, strategies
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import env
 import eval as evaluation
@@ -79,7 +82,7 @@ from extras.endpoint import EndpointPlayer
 from extras.film import Film
 from games import draw, expert, household, houses
 from games.formula import evaluate, solutions
-from plumbing import checkpoint, manifest, parallel
+from plumbing import card, checkpoint, manifest, parallel
 from plumbing import settings as run_settings
 from plumbing.settings import Settings
 from policy import Policy, ValueHead
@@ -3092,6 +3095,177 @@ def test_the_tutorial_runs_and_shows_what_is_stored():
         figures = [[float(figure) for figure in re.findall(decimal, text)] for text in (found, expected)]
         slack = 0.1 if "learns" in now.metadata.get("tags", ()) else 0.011
         assert figures[0] == pytest.approx(figures[1], abs=slack, rel=0), now.id
+
+
+# ---- plumbing/card.py, extras/board.py, PEFT without this code, Gymnasium's vectors --------------------------------
+def test_a_model_leaves_as_it_played(agent, tmp_path, monkeypatch):
+    """The README's block, as it stands, on a checkpoint: what it leaves answers with the policy's own probabilities."""
+    page = (HERE / "extras" / "README.md").read_text()
+    block = re.search(r"## Leaving with your model.*?```python\n(.*?)```", page, re.S)[1]
+    assert set(re.findall(r"(?:from|import) (\w+)(?: import)", block)) == {"peft", "transformers", "env", "parse"}
+    assert len(block.splitlines()) <= 20
+    shake(agent)
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").symlink_to(HERE / "checkpoints")
+    Path("leave.py").write_text(block)
+    agent.save("runs/blackjack-seed1/checkpoint-000029")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        done = runpy.run_path("leave.py")
+        model = AutoModelForImageTextToText.from_pretrained(done["merged"])
+        inputs = AutoProcessor.from_pretrained(done["merged"], backend="pil").apply_chat_template(
+            [{"role": "user", "content": done["parts"]}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt")
+        drawn = model.generate(**inputs, temperature=1.0, max_new_tokens=24, num_return_sequences=4, output_scores=True,
+                               return_dict_in_generate=True)
+    theirs = model.compute_transition_scores(drawn.sequences, drawn.scores, normalize_logits=True)
+    [prompt] = agent.encode([done["picture"]], [parse.make_prompt(done["game"], done["info"])])
+    assert model.config.model_type == "llava" and inputs["input_ids"][0].tolist() == prompt.ids
+    torch.testing.assert_close(inputs["pixel_values"], prompt.images["pixel_values"], atol=1e-6, rtol=0)
+    answers = [[token for token in row[len(prompt.ids):].tolist() if token] for row in drawn.sequences]     # 0: padding
+    ours, mask, _ = agent.logprobs(4 * [prompt], answers)
+    torch.testing.assert_close(torch.where(mask > 0, theirs[:, :ours.shape[1]], 0.0), ours, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for layer in agent.lora.values():
+            layer.lora_B.zero_()
+        assert (agent.logprobs(4 * [prompt], answers)[0] - ours).abs().max() > 0.1      # the adapters do something
+
+
+def test_a_checkpoint_has_its_model_card(stopped_run):
+    """What the hub reads of it, and its command. (That a resumed run writes the same bytes extras/torture.py sees.)"""
+    written = (stopped_run[0] / "checkpoint-000002" / "README.md").read_text()
+    data = ModelCard(written).data.to_dict()
+    assert (data["library_name"], data["license"], data["pipeline_tag"]) == ("peft", "unknown", "image-text-to-text")
+    assert "base_model" not in data and "see the base model's card" in written      # a folder: the hub would refuse it
+    for told in ("2 of 4 updates by PPO, 16 environment steps", "| success before RL | not measured |"):
+        assert told in written
+    command = re.search("Trained by `python train.py (.*?)`", written)[1]
+    options = run_settings.make_parser(Settings).parse_args(shlex.split(command))
+    again = Settings(**vars(options), target_modules=tuple(families.PARTS))
+    run_settings.fill_in(again, small=True)
+    config = json.loads((stopped_run[0] / "config.json").read_text())
+    assert manifest.plain(again) == {name: value for name, value in config.items() if name not in Settings.free}
+
+
+@pytest.mark.parametrize("base, licence, on_the_hub", [
+    (loading.LLAVA_7B, "apache-2.0", True), ("some/model", "unknown", True), ("pocket", "mit", False)])
+def test_a_card_claims_no_licence_that_it_does_not_know(tmp_path, base, licence, on_the_hub):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4096))
+    settings = sft.SFTSettings(task="blackjack", model=base, rank=128, target_modules=("language",), cot=False)
+    card.write_lesson_card(settings, SimpleNamespace(base=base, config=config), tmp_path)
+    written = (tmp_path / "README.md").read_text()
+    data = ModelCard(written).data.to_dict()
+    assert (data["license"], data.get("base_model")) == (licence, base if on_the_hub else None)
+    assert "python eval.py --task blackjack --model FOLDER --no-cot`" in written
+    assert f"python sft.py --task blackjack --model {base} --target-modules language --no-cot`" in written
+
+
+def test_a_card_tells_what_was_measured(tmp_path):
+    assert card._held_out(tmp_path / "eval_start.json") == "not measured"
+    (tmp_path / "eval_start.json").write_text(json.dumps(
+        {"success": 0.25, "success_low": 0.1, "success_high": 0.4, "episodes": 1200, "seed": 7}))
+    assert "25.0 % (95 % interval 10.0 to 40.0) of 1,200 held-out" in card._held_out(tmp_path / "eval_start.json")
+    (tmp_path / "metrics.jsonl").write_text('{"episodes": 0, "success": null}\n{"episodes": 100, "success": 0.5}\n')
+    assert "50.0 % (95 % interval 40.4 to 59.6) of the 100" in card._last_rollout(tmp_path / "metrics.jsonl", 2)
+    assert card._last_rollout(tmp_path / "metrics.jsonl", 1) == "no episode ended in it"
+
+
+def test_tensorboard_shows_what_the_metrics_say(stopped_run, tmp_path, monkeypatch):
+    """By TensorBoard's own reader. After a kill with points past the checkpoint each step is there once, for a reader
+    that was open all the while as for a new one."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard: pip "
+                                 "install -r extras/requirements-tensorboard.txt").EventAccumulator
+    run, command = tmp_path / "run", [*stopped_run[1][:-2], "--eval-episodes", "2", "--save-every", "2"]
+
+    def killed(run, *rest):
+        if run.update == 4:
+            raise KeyboardInterrupt
+        return record(run, *rest)
+
+    with monkeypatch.context() as stopped:
+        record = train.record
+        stopped.setattr(train, "record", killed)
+        with pytest.raises(SystemExit):
+            train.main([*command, "--tensorboard", "--out", str(run)])
+    steps = lambda board: [event.step for event in board.Scalars("train/lr")]
+    opened = reader(str(run / "tensorboard"))
+    assert steps(opened.Reload()) == [8, 16, 24] and [path.name for path in run.glob("check*")] == ["checkpoint-000002"]
+    train.main([*command[:2], "--out", str(run), "--resume"])
+    rows = recorded.metrics(run)
+    board = reader(str(run / "tensorboard")).Reload()
+    assert steps(board) == steps(opened.Reload()) == [8, 16, 24, 32]
+    for name in rows[0].keys() - {"update", "env_steps"}:
+        points = [(row["env_steps"], row[name]) for row in rows if row[name] is not None]
+        found = [(event.step, event.value) for event in board.Scalars(f"train/{name}")] if points else []
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in points], name
+    said = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("answer/text_summary")]
+    lines = (run / "transcripts.jsonl").read_text().splitlines()
+    assert len(said) == 4 and all(f"plays {json.loads(line)['action']}," in text for line, text in zip(lines, said))
+    assert [(event.step, event.width) for event in board.Images("held_out/game")] == [(0, 760), (32, 760)]
+    ends = [json.loads((run / f"{name}.json").read_text())["return_mean"] for name in ("eval_start", "eval")]
+    assert [event.value for event in board.Scalars("held_out/return_mean")] == pytest.approx(ends, rel=1e-6)
+    without = (stopped_run[0] / "metrics.jsonl").read_bytes()
+    assert without.count(b"\n") == 2 and (run / "metrics.jsonl").read_bytes().startswith(without)
+
+
+def test_tensorboard_may_be_missing_and_may_come_later(stopped_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match="pip install -r extras/requirements-tensorboard.txt"):
+        train.main([*stopped_run[1], "--tensorboard", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new" / "config.json").exists()
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config.pop("tensorboard") is False                           # a run of before there was the setting
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+    assert len(recorded.metrics(tmp_path / "run")) == 4 and not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("name, mode", [
+    *itertools.product([f"env:cards/{game.__name__}-v0" for game in GAMES.values()], ["sync", "async"]),
+    ("alfworld_env:alfworld/Household-v0", "sync")])
+def test_gymnasiums_vectors_play_the_same_games(name, mode):
+    """Three games side by side, here and in processes of their own: each plays as it does alone, info included."""
+    if "alfworld" in name:
+        pytest.importorskip("alfworld", reason="ALFWorld's engine: pip install -r extras/requirements-alfworld.txt")
+    generator, compared = np.random.default_rng(0), 0
+    alone = [gymnasium.make(name).unwrapped for _ in range(3)]
+    vector = gymnasium.make_vec(name, num_envs=3, vectorization_mode=mode)
+    try:
+        pictures, infos = vector.reset(seed=4)
+        expected = [(*game.reset(seed=4 + k), 0, False) for k, game in enumerate(alone)]
+        for _ in range(12 if "cards" in name else 4):
+            for k, (picture, info, *_) in enumerate(expected):
+                assert np.array_equal(pictures[k], picture)
+                for key, value in info.items():
+                    there = infos[key] if not isinstance(value, dict) else None         # Gymnasium nests what is nested
+                    assert there is None or there[k] == value, key
+                    compared += there is not None
+            actions = [int(generator.integers(len(game.legal_actions()))) for game in alone]
+            over = [row[3] for row in expected]
+            pictures, rewards, terminated, truncated, infos = vector.step(np.array(actions))
+            expected = []
+            for game, action, ended in zip(alone, actions, over):                       # the step after an end resets
+                picture, reward, *ends, info = (*game.reset()[:1], 0, False, game.observe()[1]) if ended else \
+                    game.step(action)
+                expected.append((picture, info, reward, any(ends)))
+            assert rewards.tolist() == [row[2] for row in expected]
+            assert (terminated | truncated).tolist() == [row[3] for row in expected]
+    finally:
+        vector.close()
+    assert compared > 20
+
+
+def test_gymnasium_records_a_video(tmp_path):
+    pytest.importorskip("moviepy", reason="moviepy, for RecordVideo: pip install moviepy (which wants an older pillow)")
+    for game in GAMES.values():
+        film = gymnasium.wrappers.RecordVideo(gymnasium.make(f"cards/{game.__name__}-v0", render_mode="rgb_array"),
+                                              str(tmp_path), name_prefix=game.__name__)
+        film.reset(seed=0)
+        while not any(film.step(0)[2:4]):
+            pass
+        film.close()
+        assert (tmp_path / f"{game.__name__}-episode-0.mp4").stat().st_size > 1000
 
 
 # ---- extras: bench.py, shapes.py, speed_ablation.py ----------------------------------------------------------------

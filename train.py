@@ -42,8 +42,9 @@ from vlm.loading import find_model, is_small, open_model
 class Run:
     """All that a run's future depends on: policy, optimiser, games, generators, counter (plumbing/checkpoint.py)."""
 
-    def __init__(self, settings, policy):
+    def __init__(self, settings, policy, board=None):
         self.settings, self.policy, self.update = settings, policy, 0
+        self.board = board                                  # extras.board.Board, with --tensorboard
         self.checkpoint = None                              # the folder that holds it as of the last save or load
         head = list(policy.value_head.parameters())
         writes = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
@@ -88,7 +89,10 @@ def train(run, folder, checkpoint=None):
                 save(run, folder)                                                                       # save
             with unheard():
                 show(run, folder, metrics, *sample, spent, bar)
-    return held_out(run, "end", folder / "eval.json")
+    result = held_out(run, "end", folder / "eval.json")
+    if run.board:
+        run.board.catch_up()
+    return result
 
 
 def begin(run, folder, checkpoint):
@@ -100,6 +104,8 @@ def begin(run, folder, checkpoint):
         write_whole(folder / "config.json", json.dumps(dataclasses.asdict(run.settings), indent=1) + "\n")
     if run.update == 0:
         held_out(run, "start", folder / "eval_start.json")
+    if run.board:
+        run.board.catch_up()
     if checkpoint is None:
         save(run, folder)
 
@@ -134,6 +140,8 @@ def show(run, folder, metrics, choice, reward, spent, bar):
     if parallel.rank():
         return
     draw_curve(folder)
+    if run.board:
+        run.board.catch_up()
     if metrics["ratio_error"] > 0.02:
         bar.write(f"warning: before any step ratios are off by {metrics['ratio_error']:.3f}, PPO clips at "
                   f"{run.settings.clip_coef}: this machine's arithmetic depends on the batch; try --bits 32")
@@ -167,10 +175,10 @@ def held_out(run, when, path):
         parallel.say(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …")
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
+        film = run.board.film(path) if run.board else lambda *seen: None
         with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
             result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
-                              settings.cot, lambda picture, choice, episode: bar.update(choice is None),
-                              settings.world)
+                              settings.cot, lambda *seen: (film(*seen), bar.update(seen[1] is None)), settings.world)
         write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
     read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
@@ -259,10 +267,15 @@ def launch(settings, resume, make=make_policy):
                 claim(folder, resume)
             parallel.wait()
             checkpoint = (checkpoints(folder) or [None])[-1] if resume else None
+            board = None
+            if first and settings.tensorboard:
+                # before anything is played, for its package is optional
+                from extras.board import Board
+                board = Board(folder)
             policy = make(settings, checkpoint)
             parallel.wait()                                     # all have read the folder before the first writes to it
             parallel.say(f"run folder: {folder}")
-            train(Run(settings, policy), folder, checkpoint)
+            train(Run(settings, policy, board), folder, checkpoint)
             parallel.stop()
 
 

@@ -6,7 +6,7 @@
         load(run, newest_checkpoint(folder))            # refuses what is damaged or another run's
 
 `run` is train.Run. Files are safetensors and JSON. Does not handle: what the lines say (train.py), the policy's own
-files (policy.py), what a manifest holds (manifest.py).
+files (policy.py), what a manifest holds (manifest.py), what the model card says (card.py).
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from plumbing import parallel
+from plumbing.card import write_run_card
 from plumbing.errors import ModelError, foreign
 from plumbing.manifest import check, plain, write_manifest
 
@@ -161,6 +162,7 @@ def save(run, folder):
         shutil.rmtree(part, ignore_errors=True)             # of an interrupted try
         run.policy.save(part)
         save_optimizer(run.optimizer, part)
+        write_run_card(run, Path(folder), part)
     parallel.wait()
     save_file({"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()},
               part / f"generators{parallel.rank()}.safetensors")

@@ -121,8 +121,11 @@ class Settings(ModelSettings):
                              small=0, large=100)
     # keeping
     save_every: int = setting(1, "a checkpoint every so many updates")
+    tensorboard: bool = setting(False, "also for TensorBoard (extras/requirements-tensorboard.txt), in OUT/tensorboard")
     eval_episodes: int = setting(None, "held-out games at the start and at the end; 0 for none", small=1000, large=200)
     eval_seed: int = setting(10_000, "they are dealt by this seed and the following ones")
+
+    free = (*ModelSettings.free, "tensorboard")
 
     @property
     def batch_size(self):
@@ -272,7 +275,8 @@ def _stored_settings(cls, config, given, parser):
         stored = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError("not a run's settings")
-    if unknown := set(stored) ^ {entry.name for entry in fields(cls)}:
+    unknown = set(stored) ^ {entry.name for entry in fields(cls)}
+    if unknown := unknown - {"tensorboard"}:                # a run from before there was one goes on without
         parser.error(f"{config} was written by another program or version ({', '.join(sorted(unknown))} "
                      "differ): finish the run with that one, or start a new one with --out")
     stored["target_modules"] = stored["target_modules"] and tuple(stored["target_modules"])
