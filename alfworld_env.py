@@ -23,8 +23,8 @@ from pathlib import Path
 
 import gymnasium
 
-from env import Game
 from games import household, houses
+from games.game import Game
 from games.houses import SPLITS, HouseError
 from games.scene import draw_scene
 from plumbing.errors import ModelError

@@ -17,7 +17,6 @@ import contextlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import signal
 from collections.abc import Iterable
@@ -34,6 +33,7 @@ from env import GAMES, TASKS, make_game
 from games.expert import best_actions, continuations, plan_right, planned, reads_right
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.errors import ModelError, foreign, in_words
+from plumbing.interval import wilson
 from plumbing.settings import WORLD, Settings, add_flags, default_of, with_task_defaults
 from rollout import Choice
 from vlm.loading import is_small
@@ -100,19 +100,6 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
-def wilson(successes, trials, z=1.96) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share.
-
-    >>> [round(bound, 3) for bound in wilson(50, 100)]
-    [0.404, 0.596]
-    """
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
 def rate(truths: Iterable[bool]) -> float | None:
     """The share of a list that is true, None of an empty one."""
     truths = list(truths)

@@ -175,10 +175,15 @@ def held_out(run, when, path):
         parallel.say(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …")
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
-        film = run.board.film(path) if run.board else lambda *seen: None
+        film = run.board.film(path) if run.board else None
         with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
+            def watch(picture, choice, episode):
+                bar.update(choice is None)
+                if film:
+                    film(picture, choice, episode)
+
             result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
-                              settings.cot, lambda *seen: (film(*seen), bar.update(seen[1] is None)), settings.world)
+                              settings.cot, watch, settings.world)
         write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
     read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from plumbing.errors import foreign
+from plumbing.interval import wilson
 from plumbing.settings import WORLD, fill_in, with_task_defaults
 from vlm.families import PARTS
 from vlm.loading import LLAVA_7B, SHIPPED, is_small
@@ -126,8 +127,6 @@ def _last_rollout(path, update):
     """The success of the rollout before the last update, by the policy that this update then changed."""
     if update == 0 or not path.exists():
         return "not measured"
-    # subtle: not at the top, for eval.py stands on plumbing/
-    from eval import wilson
     with foreign(path):
         row = json.loads(path.read_text(encoding="utf-8").splitlines()[update - 1])
         episodes, success = row["episodes"], row["success"]

@@ -1,0 +1,108 @@
+"""What all games share: seeding, counting steps, success, saved states.
+
+    picture, info = game.reset(seed=1)
+    picture, reward, terminated, truncated, info = game.step(0)            # an index into legal_actions()
+    state = game.get_state()                                # plain JSON; set_state(state) goes on from it exactly
+
+Does not handle: the games (env.py, alfworld_env.py), drawing (draw.py).
+"""
+
+import copy
+import math
+
+import gymnasium
+import numpy as np
+
+from games.draw import SIZE
+
+
+class Game(gymnasium.Env):
+    """What all games share: seeding, step counting, success, saved states.
+
+    A game sets `description`, `actions` and `fields` (its state, plain JSON values) and writes `_deal`, `_play`,
+    `_info`, `_draw` and `_is_possible` (whether its fields' values can be); `state_text(info)` is what of its state
+    goes into the prompt ("" where the picture says all).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 1}
+    description = ""
+    actions = ()
+    fields = ()
+    max_steps = None            # the episode is truncated after this many steps
+    separator = " "             # between the actions in a prompt
+    unnamed_reward = 0.0        # for an answer that names no action (rollout.py)
+
+    def __init__(self, render_mode=None):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
+        self.render_mode = render_mode
+        self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(len(self.actions))
+
+    def legal_actions(self):
+        """The actions that may be played now, as a tuple of texts. Ask at every step: other worlds change them."""
+        return self.actions
+
+    def state_text(self, info):
+        return ""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.episode_return, self.over = 0, 0.0, False
+        self._deal()
+        return self.observe()
+
+    def step(self, action):
+        if getattr(self, "over", True):
+            raise RuntimeError("there is no episode to step in: call reset() first")
+        legal = self.legal_actions()
+        if isinstance(action, bool) or not isinstance(action, int | np.integer) or not 0 <= action < len(legal):
+            raise ValueError(f"action {action!r} is not an index into the legal actions {legal}")
+        reward, terminated = self._play(legal[action])
+        self.steps += 1
+        self.episode_return += reward
+        truncated = not terminated and self.max_steps is not None and self.steps >= self.max_steps
+        self.over = terminated or truncated
+        picture, info = self.observe()
+        return picture, float(reward), terminated, truncated, info
+
+    def observe(self):
+        """(picture, info) of the present state: what reset and step return, to be had again after set_state."""
+        info = {key: list(value) if isinstance(value, list) else value for key, value in self._info().items()}
+        info["is_success"] = self._is_success()         # at every step, for wrappers may end an episode early
+        return self._draw(), info
+
+    def _is_success(self):
+        return self.episode_return > 0                  # the paper's measure; a drawn Blackjack is no success
+
+    def render(self):
+        if not hasattr(self, "over"):
+            raise RuntimeError("there is nothing to draw yet: call reset() first")
+        return self._draw()
+
+    def get_state(self):
+        """All there is to know, the random generator included, as plain JSON: set_state continues from it exactly."""
+        if not hasattr(self, "over"):
+            raise RuntimeError("there is no state yet: call reset() first")
+        names = (*self.fields, "steps", "episode_return", "over")
+        state = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        return {"game": type(self).__name__, **state, "generator": self.np_random.bit_generator.state}
+
+    def set_state(self, state):
+        names = {*self.fields, "steps", "episode_return", "over", "generator", "game"}
+        if set(state) != names or state["game"] != type(self).__name__:
+            raise ValueError(f"not a state of {type(self).__name__}: expected the keys {sorted(names)}, "
+                             f"got {sorted(state)} of {state.get('game')}")
+        tried = copy.copy(self)
+        for name in names - {"generator", "game"}:
+            setattr(tried, name, copy.deepcopy(state[name]))
+        counts = type(tried.steps) is int and 0 <= tried.steps <= (self.max_steps or math.inf)
+        if not (counts and type(tried.over) is bool and type(tried.episode_return) in (int, float)
+                and math.isfinite(tried.episode_return) and tried._is_possible()):
+            raise ValueError(f"not a state that {type(self).__name__} can be in: {state}")
+        tried.np_random = np.random.default_rng()
+        try:
+            tried.np_random.bit_generator.state = state["generator"]
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise ValueError(f"the state's generator is not numpy's PCG64: {error}") from error
+        vars(self).update(vars(tried))
