@@ -1,4 +1,4 @@
-"""The four card games of RL4VLM as Gymnasium environments: NumberLine, EZPoints, Points24, Blackjack.
+"""The four games of RL4VLM's gym_cards as Gymnasium environments: NumberLine, EZPoints, Points24, Blackjack.
 
     env = gymnasium.make("cards/Blackjack-v0")        # after `import env`; or env.GAMES["blackjack"]()
     picture, info = env.reset(seed=1)                  # (300, 300, 3) uint8, and what the picture shows

@@ -246,24 +246,24 @@ def main(arguments=None):
 def play(options, given):
     """Play one task, print what came of it, draw its first episode; return the result."""
     policy, name, settings = find_policy(options, given, options.task)
-    film = None
+    recorder = None
     if (options.render or "").endswith(".html"):
         from extras.viewer import Page, asked_beside
         sides = [(policy, name, settings)]
         if options.beside:
             sides.append(find_policy(*asked_beside(options, given, settings), options.task))
-        film = Page(options.task, options.seed, options.greedy, sides)
+        recorder = Page(options.task, options.seed, options.greedy, sides)
     elif options.render:
         from extras.film import Film
-        film = Film()
-    result = play_task(options, policy, name, settings, options.task, film)
+        recorder = Film()
+    result = play_task(options, policy, name, settings, options.task, recorder)
     for key, value in result.items():
         if not isinstance(value, dict):
             print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
     if others := who_else(options.task, settings):
         print(f"{'others win':18} {others} (results/baselines)")
-    if film:
-        film.save(options.render)
+    if recorder:
+        recorder.save(options.render)
     return result
 
 
@@ -287,7 +287,7 @@ def who_else(task, settings):
 
 
 def play_all(options, given):
-    """Play every task, print a table; return {"policy", "average" over the card games as in the paper, "tasks"}."""
+    """Play every task, print a table; return {"policy", "average" over the four games as in the paper, "tasks"}."""
     tasks, results = [*GAMES, *(["alfworld"] if importlib.util.find_spec("alfworld") else [])], {}
     if "alfworld" not in tasks:
         print("note: without ALFWorld, whose engine is not installed (extras/requirements-alfworld.txt)")
@@ -300,7 +300,7 @@ def play_all(options, given):
                   ("parsed", result["parse_rate"]), ("read right", result["reading_rate"])]
         print(f"{task:12}", *(f"{key} {100 * share:5.1f} % " for key, share in shares if share is not None), flush=True)
     average = float(np.mean([results[task]["success"] for task in GAMES]))
-    print(f"{'average':12} success {100 * average:5.1f} %  of the four card games, as in the paper's tables")
+    print(f"{'average':12} success {100 * average:5.1f} %  of the four games, as in the paper's tables")
     return {"policy": results[tasks[0]]["policy"], "average": average, "tasks": results}
 
 

@@ -1,7 +1,7 @@
 """The policy: a vision-language model, LoRA adapters, a value head; it writes answers and scores them.
 
     model, processor = load_model("llava-hf/llava-v1.6-mistral-7b-hf", bits=4, device="cuda")
-    policy = Policy(model, processor, rank=128)
+    policy = Policy(model, processor, rank=128, temperature=0.2)
     prompts   = policy.encode(pictures, texts)              # what the model gets, kept to be scored again
     responses = policy.generate(prompts, generator)         # the very token ids that were sampled
     logp, mask, value = policy.logprobs(prompts, responses) # (B, T), (B, T), (B,)

@@ -3388,7 +3388,7 @@ def test_the_readmes_snippet_plays_and_scores_one_step():
 
 def test_the_readmes_tables_are_made_of_the_result_files():
     lines = [line.strip() for page in PAGES for line in (HERE / page).read_text().splitlines()]
-    assert len(tables.tables()) >= 5 and shapes.table() in (HERE / "README.md").read_text()
+    assert len(tables.tables()) >= 5 and shapes.table() in (HERE / "extras" / "README.md").read_text()
     for table in map(str.splitlines, tables.tables()):
         first = lines.index(table[0])
         assert len(table) >= 3 and lines[first:first + len(table)] == table
@@ -3431,6 +3431,27 @@ def test_each_result_belongs_to_its_command():
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == 15_000
         assert len(recorded.metrics(folder)) == 29 and end["seed"] == 10_000
         assert end["episodes"] == {"blackjack": 10_000, "alfworld": 500}.get(config["task"], 1000)
+
+
+def test_every_link_and_picture_of_the_pages_is_there():
+    """Files that the READMEs and the notebook link to, and the headings that they jump to."""
+    pages = {page: (HERE / page).read_text() for page in PAGES}
+    cells = json.loads((HERE / "tutorial.ipynb").read_text())["cells"]
+    pages["tutorial.ipynb"] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    seen = 0
+    for page, text in pages.items():
+        text = re.sub(r"```.*?```", "", text, flags=re.S)
+        for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+            file, _, heading = "".join(target).partition("#")
+            if file.startswith("http"):
+                continue
+            there = (HERE / page).parent / file if file else HERE / page
+            assert there.exists(), (page, target)
+            titles = re.findall(r"^#+ (.*)", there.read_text(), re.M) if heading else ()
+            assert not heading or heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                                              for title in titles}, (page, target)
+            seen += 1
+    assert seen > 30
 
 
 def test_every_command_in_the_readmes_parses():

@@ -1,4 +1,4 @@
-"""RL fine-tuning of a vision-language model on a game: the whole of RL4VLM in one loop.
+"""RL fine-tuning of a vision-language model on a game: RL4VLM's loop; its parts are in rollout.py and ppo.py.
 
     python train.py --task blackjack                       # two CPU cores: the pocket model; a 20 GB GPU: LLaVA-1.6-7B
     python train.py --task numberline --no-cot --seed 2
@@ -47,8 +47,8 @@ class Run:
         self.board = board                                  # extras.board.Board, with --tensorboard
         self.checkpoint = None                              # the folder that holds it as of the last save or load
         head = list(policy.value_head.parameters())
-        writes = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
-        self.optimizer = torch.optim.Adam([{"params": writes, "lr": settings.lr},
+        answers = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
+        self.optimizer = torch.optim.Adam([{"params": answers, "lr": settings.lr},
                                            {"params": head, "lr": settings.value_lr}], eps=1e-7)     # the paper's
         # One seed, independent streams: for each process its tokens, fallback actions and order of samples; and one for
         # each game, of which a process plays its share.

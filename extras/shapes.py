@@ -1,6 +1,6 @@
 """Shapes of published models without their download: configurations, random weights, what training them takes.
 
-    python -m extras.shapes                                 # the README's table: which model on which GPU
+    python -m extras.shapes                                 # extras/README.md's table: which model on which GPU
 
     processor = byte_processor()
     model = random_model(llava_7b_config(processor), torch.device("cuda"), bits="4")
@@ -130,7 +130,7 @@ def plans():
 
 
 def table():
-    """The README's table, in Markdown."""
+    """extras/README.md's table, in Markdown."""
     lines = ["| GPU | `python train.py --task blackjack --out runs/NAME` … | bits | gradient checkpointing | plan |",
              "| --- | --- | --- | --- | --- |"]
     for (gigabytes, name, _, flags, _), bits, checkpointing, plan in plans():

@@ -87,8 +87,7 @@ def households():
     found |= {name: [folder / "eval.json" for folder in runs("alfworld", variant)] for name, variant in {
         "**RL**": "", "RL without CoT": "no-cot", "RL, λ 0": "lambda-0", "RL, λ 0.5": "lambda-0.5"}.items()}
     for name, files in found.items():
-        if files:
-            results = [read(file) for file in files]
+        if results := [read(file) for file in files if file.exists()]:
             rows.append([name, shown([100 * result["success"] for result in results]) if name[-1] == "*" or "RL" in name
                          else f"{100 * results[0]['success']:.1f}",
                          *(f"{100 * statistics.fmean(result['success_by_kind'][kind] for result in results):.0f}"
