@@ -237,14 +237,16 @@ def main(arguments=None):
             check_options(options, given)
         except ValueError as error:
             raise ModelError(str(error)) from error
-        result = play_all(options, given) if options.task == "all" else play(options, given)
+        result, recorder = (play_all if options.task == "all" else play)(options, given)
         print(json.dumps(result), flush=True)
         if options.out:
             Path(options.out).write_text(json.dumps(result) + "\n")    # not by renaming: it may be a link or a device
+        if recorder:
+            recorder.save(options.render)
 
 
 def play(options, given):
-    """Play one task, print what came of it, draw its first episode; return the result."""
+    """Play one task, print what came of it; return (the result, who took note of its first episode or None)."""
     policy, name, settings = find_policy(options, given, options.task)
     recorder = None
     if (options.render or "").endswith(".html"):
@@ -262,9 +264,7 @@ def play(options, given):
             print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
     if others := who_else(options.task, settings):
         print(f"{'others win':18} {others} (results/baselines)")
-    if recorder:
-        recorder.save(options.render)
-    return result
+    return result, recorder
 
 
 def play_task(options, policy, name, settings, task, watch=None):
@@ -287,7 +287,7 @@ def who_else(task, settings):
 
 
 def play_all(options, given):
-    """Play every task, print a table; return {"policy", "average" over the four games as in the paper, "tasks"}."""
+    """Play every task, print a table; return ({"policy", "average" over the four games, "tasks"}, None)."""
     tasks, results = [*GAMES, *(["alfworld"] if importlib.util.find_spec("alfworld") else [])], {}
     if "alfworld" not in tasks:
         print("note: without ALFWorld, whose engine is not installed (extras/requirements-alfworld.txt)")
@@ -301,7 +301,7 @@ def play_all(options, given):
         print(f"{task:12}", *(f"{key} {100 * share:5.1f} % " for key, share in shares if share is not None), flush=True)
     average = float(np.mean([results[task]["success"] for task in GAMES]))
     print(f"{'average':12} success {100 * average:5.1f} %  of the four games, as in the paper's tables")
-    return {"policy": results[tasks[0]]["policy"], "average": average, "tasks": results}
+    return {"policy": results[tasks[0]]["policy"], "average": average, "tasks": results}, None
 
 
 if __name__ == "__main__":
