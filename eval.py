@@ -14,7 +14,7 @@ Does not handle: who plays (players.py), letting a policy answer (rollout.py).
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -177,9 +177,11 @@ def find_policy(options, given, task):
         return None, options.policy or options.model, settings | given
     if options.run:
         policy, own = open_run(options.run)
-        name, settings = own["out"], settings | own | given
+        name = own["out"]
         if own["task"] != task:
             print(f"note: {name} was trained on {own['task']}")
+            del own["num_envs"]                                 # ALFWorld's games are larger than cards
+        settings |= own | given
     else:
         policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"), task)
         settings |= {"play_batch_size": default_of(Settings, "play_batch_size", is_small(policy.model.config))} | given
@@ -187,6 +189,7 @@ def find_policy(options, given, task):
 
 
 def make_player(options, policy, settings, task):
+    """The player that a command line asks for: a script, an endpoint's model, or the policy."""
     if options.policy:
         return scripted_player(options.policy, task, options.seed)
     if options.endpoint:
@@ -210,8 +213,10 @@ def check_options(options, given):
         raise ValueError(problem)
     if not options.model and {"temperature", "cot", "bits"} & set(given):
         raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
-    if options.endpoint and not options.model or options.endpoint and "bits" in given:
+    if options.endpoint and (not options.model or "bits" in given):
         raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
+    if options.transcripts and not options.endpoint:
+        raise ValueError("--transcripts is for --endpoint")
     if options.task == "all" and (options.render or (options.policy or "").startswith(("always", "heuristic"))):
         raise ValueError("--task all takes no --render, and of --policy random and expert: the games' actions differ")
     if options.policy:
@@ -288,9 +293,12 @@ def who_else(task, settings):
 
 def play_all(options, given):
     """Play every task, print a table; return ({"policy", "average" over the four games, "tasks"}, None)."""
-    tasks, results = [*GAMES, *(["alfworld"] if importlib.util.find_spec("alfworld") else [])], {}
-    if "alfworld" not in tasks:
-        print("note: without ALFWorld, whose engine is not installed (extras/requirements-alfworld.txt)")
+    tasks, results = [*GAMES], {}
+    try:
+        importlib.import_module("alfworld_env")                 # now, not after hours of play
+        tasks.append("alfworld")
+    except ModelError as error:
+        print(f"note: without ALFWorld: {error}")
     for task in tasks:
         if task in (tasks[0], "alfworld"):                      # whose pocket model is another, and its defaults too
             policy = None                                       # its memory first

@@ -142,8 +142,8 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
     short, long = lengths[len(lengths) * 95 // 100], lengths[-1]
     if P + long <= 1.1 * (P + short):
         short = long
-    few = min(settings.micro_batch_size, math.ceil(settings.minibatch_size / 16))
-    most = min(settings.micro_batch_size, settings.minibatch_size)          # more would be filling
+    share = settings.minibatch_size // parallel.size()                      # of a minibatch; more would be filling
+    few, most = (min(settings.micro_batch_size, rows) for rows in (math.ceil(share / 16), share))
     shapes = Shape(most, P, short), Shape(few, P, long)
     return [shapes[len(response) > short] for response in responses]
 

@@ -2656,6 +2656,7 @@ def endpoint_player(tmp_path, monkeypatch):
     """EndpointPlayer on one folder of answers, without a key in the environment, quick to give up a call."""
     pytest.importorskip("openai", reason="pip install -r extras/requirements-endpoint.txt")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
     return lambda stub, **options: EndpointPlayer(stub.url, "stub", **(
         {"folder": tmp_path / "kept", "concurrency": 1, "max_retries": 0, "timeout": 30} | options))
 
@@ -2704,7 +2705,7 @@ def test_each_fault_is_counted_and_only_what_failed_is_asked_again(endpoint_play
             player.url = counts["endpoint"]
             player(*states)
             assert len(stub.bodies) == asked
-            assert "damaged lines (1, 3, 18)" in capsys.readouterr().out if asked else True
+            assert ("damaged lines (1, 3, 18)" in capsys.readouterr().out) == bool(asked)      # said once, then mended
             with pytest.raises(ModelError, match="in use by process .* --transcripts"), endpoint_player(stub):
                 pass
 
@@ -2752,10 +2753,19 @@ def test_an_endpoint_that_cannot_be_used_ends_with_a_sentence(endpoint_player, t
     with pytest.raises(ModelError, match="no connection: .*refused"):
         with endpoint_player(stub) as player:
             player(*states)
-    for url in ("localhost:8000", "http://me:secret@localhost/v1", "http://[1"):
+    for url in ("localhost:8000", "http://me:secret@localhost/v1", "http://:secret@localhost/v1", "http://localhost:abc/v1",
+                "http://localhost:99999/v1", "http://[1"):
         with pytest.raises(ModelError, match="endpoint") as error:
             EndpointPlayer(url, "stub")
         assert "secret" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")     # as a file's last line ends
+    with Stub(lambda *_: GOOD) as stub, endpoint_player(stub) as player:
+        player(*states)
+        assert stub.keys[0] == "Bearer sk-secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
+    with pytest.raises(ModelError, match="OPENAI_API_KEY holds characters") as error:
+        endpoint_player(stub)
+    assert "cret" not in str(error.value)
     with pytest.raises(SystemExit, match="requirements-endpoint.txt"):
         monkeypatch.setitem(sys.modules, "openai", None)
         evaluation.main(["--task", "blackjack", "--endpoint", "http://127.0.0.1:9/v1", "--model", "stub"])
@@ -2778,7 +2788,7 @@ def test_an_interrupted_evaluation_goes_on_and_pays_for_no_answer_twice(how, end
         return reply, given
 
     def command(stub, folder):
-        return ["--task", "numberline", "--endpoint", stub.url, "--model", "stub", "--episodes", "12", "--num-envs",
+        return ["--task", "numberline", "--endpoint", stub.url, "--model", "stub", "--episodes", "24", "--num-envs",
                 "5", "--concurrency", "1", "--transcripts", str(tmp_path / folder)]
 
     stops_at = [None]
@@ -2797,12 +2807,12 @@ def test_an_interrupted_evaluation_goes_on_and_pays_for_no_answer_twice(how, end
                 if len(seen) == 30:
                     raise KeyboardInterrupt
             with pytest.raises(KeyboardInterrupt), cut as player:
-                evaluation.evaluate(player, "numberline", 12, Settings.eval_seed, 5, watch=watch)
+                evaluation.evaluate(player, "numberline", 24, Settings.eval_seed, 5, watch=watch)
         else:
             stops_at[0] = 30
             # 20 failed calls in a row end it; the games went on at random meanwhile
             with pytest.raises(ModelError, match="500"), cut as player:
-                evaluation.evaluate(player, "numberline", 12, Settings.eval_seed, 5)
+                evaluation.evaluate(player, "numberline", 24, Settings.eval_seed, 5)
             stops_at[0] = None
         assert 0 < len(given) < len(whole) and "the same command goes on" in capsys.readouterr().out
         evaluation.main(command(stub, "cut"))
@@ -2991,6 +3001,14 @@ def test_advantages_are_of_scaled_rewards_and_what_an_unnamed_action_costs(agent
     check_side("ezpoints", 10_004, side)
     assert side["learned"] and side["lambda"] == 0.3 and len({step["value"] for step in side["steps"]}) > 1
     assert tokens > 3 or not any(step["named"] for step in side["steps"])
+
+
+def test_both_sides_of_a_page_play_the_same_house():
+    options = evaluation.make_parser().parse_args(["--task", "alfworld", "--run", "a", "--render", "game.html",
+                                                   "--beside", "random"])
+    settings = {name: getattr(Settings, name) for name in run_settings.WORLD} | {"receptacles": 8}
+    _, given = viewer.asked_beside(options, {}, settings)
+    assert given == {name: settings[name] for name in run_settings.WORLD}
 
 
 HOSTILE = ['</script><script>alert(1)</script><img src=x onerror=alert(1)>', '<!--<script>', '{"action"}</SCRIPT >',

@@ -40,11 +40,14 @@ from vlm.loading import find_model, is_small, open_model
 
 
 class Run:
-    """All that a run's future depends on: policy, optimiser, games, generators, counter (plumbing/checkpoint.py)."""
+    """All that a run's future depends on: policy, optimiser, games, generators, counter (plumbing/checkpoint.py).
+
+    board: extras.board.Board with --tensorboard, on which nothing depends.
+    """
 
     def __init__(self, settings, policy, board=None):
         self.settings, self.policy, self.update = settings, policy, 0
-        self.board = board                                  # extras.board.Board, with --tensorboard
+        self.board = board
         self.checkpoint = None                              # the folder that holds it as of the last save or load
         head = list(policy.value_head.parameters())
         answers = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
@@ -104,8 +107,6 @@ def begin(run, folder, checkpoint):
         write_whole(folder / "config.json", json.dumps(dataclasses.asdict(run.settings), indent=1) + "\n")
     if run.update == 0:
         held_out(run, "start", folder / "eval_start.json")
-    if run.board:
-        run.board.catch_up()
     if checkpoint is None:
         save(run, folder)
 
@@ -175,13 +176,10 @@ def held_out(run, when, path):
         parallel.say(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …")
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
-        film = run.board.film(path) if run.board else None
         with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
-            def watch(picture, choice, episode):
-                bar.update(choice is None)
-                if film:
-                    film(picture, choice, episode)
-
+            watch = lambda picture, choice, episode: bar.update(choice is None)
+            if run.board:
+                watch = run.board.filming(path, watch)
             result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
                               settings.cot, watch, settings.world)
         write_whole(path, json.dumps(result) + "\n")

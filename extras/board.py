@@ -70,11 +70,12 @@ class Board:
                 picture = np.asarray(Image.open(path.with_suffix(".png")).convert("RGB"))
             self.writer.add_image("held_out/game", picture, step, dataformats="HWC")
 
-    def film(self, path):
-        """A `watch` for eval.evaluate that leaves the first game beside the result's path, as a PNG."""
+    def filming(self, path, other):
+        """A `watch` for eval.evaluate: another one, which also leaves the first game beside `path`, as a PNG."""
         film = Film()
 
         def watch(picture, choice, episode):
+            other(picture, choice, episode)
             film(picture, choice, episode)
             if episode == 0 and choice is None:
                 film.save(str(path.with_suffix(".png")))

@@ -9,8 +9,8 @@ prompt, the longest answer's length and, where one is given, the temperature. No
 that heeds it would answer the same state alike in every game. Without a key in $OPENAI_API_KEY a placeholder is sent,
 which local servers ignore.
 
-A call that fails after the client's retries plays a uniformly random action, as an unreadable answer does; it is
-counted and not kept, so the same command asks it again. An answer without text is an answer, and is kept.
+A call that fails after the client's retries plays a uniformly random action; it is counted, left out of the parse rate
+and not kept, so the same command asks it again. An answer without text is an answer, and is kept.
 Does not handle: streaming, Azure's URLs, prices; where an answer's action part begins (Choice.action_start is None).
 """
 
@@ -19,6 +19,7 @@ import concurrent.futures as futures
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from parse import choose, make_prompt
-from plumbing.checkpoint import append_line, locked
+from plumbing.checkpoint import append_line, locked, write_whole
 from plumbing.errors import ModelError, foreign
 from rollout import Choice
 
@@ -81,56 +82,64 @@ class EndpointPlayer:
 
     url: up to where /chat/completions is added; folder: of calls.jsonl, None for runs/endpoint-MODEL; concurrency:
     calls at once; seed: with another one other answers are drawn; temperature: None for the endpoint's default; greedy:
-    0; max_retries, timeout (s): the client's. ModelError where the endpoint cannot be used.
+    0; max_retries, timeout (s, of each try): the client's. ModelError where the endpoint cannot be used.
 
     subtle: answers are draws, so the k-th time that a state is met takes the k-th answer kept for it. An evaluation
     hangs on its answers alone, so a resumed one meets the same states and asks only what is missing.
     """
 
     def __init__(self, url, model, folder=None, concurrency=8, seed=0, cot=True, max_new_tokens=256, temperature=None,
-                 greedy=False, max_retries=4, timeout=None):
+                 greedy=False, max_retries=4, timeout=120.0):
         try:
             import openai
         except ImportError as error:
             raise ModelError("--endpoint needs the openai package: pip install -r extras/requirements-endpoint.txt"
                              ) from error
-        with foreign(f"--endpoint {url}", ValueError):
+        with foreign("--endpoint", ValueError):
             parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            parts.port                                  # noqa: B018 (it is looked at, and refused, only when asked for)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise ModelError("--endpoint must be like https://api.openai.com/v1, without a name or a password in it")
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError("$OPENAI_API_KEY holds characters that no key has: set it anew")
         self.openai, self.url, self.model, self.cot = openai, url.rstrip("/"), model, cot
         self.folder = Path(folder or "runs/endpoint-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model)[:100])
         self.concurrency, self.seed, self.max_new_tokens = concurrency, seed, max_new_tokens
         self.temperature, self.limit_name = 0.0 if greedy else temperature, "max_tokens"
-        http = openai.DefaultHttpxClient(event_hooks={"request": [lambda request: self._count("requests")]})
-        self.client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=self.url,
-                                    max_retries=max_retries, timeout=timeout or openai.DEFAULT_TIMEOUT,
+        with foreign("the HTTP client (a proxy in the environment?)", (ImportError, ValueError)):
+            http = openai.DefaultHttpxClient(event_hooks={"request": [self._request]})
+        self.client = openai.OpenAI(api_key=key, base_url=self.url, max_retries=max_retries, timeout=timeout,
                                     http_client=http)
-        self.lock, self.stack = threading.Lock(), contextlib.ExitStack()
+        self.lock = threading.Lock()
         self.kept, self.met = {}, Counter()             # (request's hash, k) → body; how often each request was met
         self.count, self.failed, self.failed_in_a_row, self.missing = Counter(), Counter(), 0, 0
         self.used, self.over = [], False                # the Answers that played; whether to make no call any more
 
     # -- on disk
     def __enter__(self):
-        self.stack.enter_context(locked(self.folder, "--transcripts"))
-        self.file = self.folder / "calls.jsonl"
-        with foreign(self.file):
-            lines = self.file.read_bytes().split(b"\n") if self.file.exists() else [b""]
-            if lines[-1]:                               # subtle: a line that a kill cut off would swallow the next one
-                with open(self.file, "ab") as file:
-                    file.write(b"\n")
-        damaged = [number for number, line in enumerate(lines, 1) if line and not self._take_up(line)]
-        if damaged:
-            print(f"note: {self.file} has damaged lines ({', '.join(map(str, damaged))}): these calls are made again")
-        self.pool = self.stack.enter_context(futures.ThreadPoolExecutor(self.concurrency))
-        self.bar = self.stack.enter_context(tqdm(desc=self.model, unit=" calls", disable=None))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder, "--transcripts"))
+            self.file = self.folder / "calls.jsonl"
+            with foreign(self.file):
+                lines = self.file.read_bytes().split(b"\n") if self.file.exists() else [b""]
+                whole = [self._take_up(line) for line in lines]
+                damaged = [number for number, line in enumerate(lines, 1) if line and not whole[number - 1]]
+                if damaged:
+                    print(f"note: {self.file} had damaged lines ({', '.join(map(str, damaged))}), which are dropped: "
+                          "these calls are made again")
+                if damaged or lines[-1]:                # subtle: a line without an end would swallow the next one
+                    write_whole(self.file, "".join(line.decode() + "\n" for line in itertools.compress(lines, whole)))
+            self.pool = stack.enter_context(futures.ThreadPoolExecutor(self.concurrency))
+            self.bar = stack.enter_context(tqdm(desc=self.model, unit=" calls", disable=None))
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, kind, *_):
         if kind:
             print(f"waiting for the calls under way; all answers are kept in {self.folder}, the same command goes on",
                   flush=True)
+        self.over = True                                # no retries any more
         self.pool.shutdown(cancel_futures=True)         # what is under way is paid for, and is kept
         self.stack.close()
         self.client.close()
@@ -152,6 +161,12 @@ class EndpointPlayer:
     def _count(self, what):
         with self.lock:
             self.count[what] += 1
+
+    def _request(self, request):
+        """The client is about to send: a call, or a retry."""
+        if self.over:
+            raise ModelError("stopped")
+        self._count("requests")
 
     def _post(self, prompt, picture):
         """Return the text of a response."""

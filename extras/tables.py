@@ -50,7 +50,7 @@ def table():
     for name, variant in (("**RL**", ""), ("RL without CoT", "no-cot"),
                           ("RL on features, no language model", "features")):
         own = [finals(runs(task, variant)) for task in PAPER]
-        average = [statistics.fmean(seeds) for seeds in zip(*own)]
+        average = [statistics.fmean(seeds) for seeds in zip(*own, strict=True)]
         rows.append([name, *(f"**{shown(values)}**" if not variant else shown(values) for values in (*own, average))])
     rows.append(["exact ceiling", *_with_average([str(CEILING[task]) for task in PAPER])])
     for name, key in (("SFT, 7B", "SFT"), ("RL, 7B", "RL"), ("RL without CoT, 7B", "no CoT"), ("CNN + RL", "CNN"),

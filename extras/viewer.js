@@ -21,7 +21,10 @@ function make(tag, attributes, ...children) {
 
 const minus = text => text.replace("-", "−");
 const fixed = (number, digits = 3) => minus(number.toFixed(digits));
-const signed = text => (Number(text) > 0 ? "+" : "") + minus(String(text));
+const signed = number => {                          // two decimals at most: 1, −0.5, +50.67
+  const text = String(+number.toFixed(2));
+  return (Number(text) > 0 ? "+" : "") + minus(text);
+};
 const tone = number => number > 0 ? "good" : number < 0 ? "bad" : "";
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
@@ -63,12 +66,13 @@ function played(side, step) {
     entry("return so far", signed(step.return), "the sum of the rewards up to this step", tone(step.return)));
   if (step.tokens) list.append(
     entry("V", side.learned ? fixed(step.value, 2) : "–", "what the value head expects from here on"),
-    entry("advantage", side.learned ? signed(step.advantage.toFixed(2)) : "–",
+    entry("advantage", side.learned ? signed(step.advantage) : "–",
           "how much better than V expected the game went from here"));
   return make("div", null,
     make("p", {class: step.named ? "played" : "played drawn"}, "plays", make("b", null, step.action)),
-    step.text === null ? null : step.named ? make("small", null, "named in the answer")
-      : make("small", {class: "bad"}, "drawn at random: the answer names no legal action"),
+    step.named ? (step.text === null ? null : make("small", null, "named in the answer"))
+      : make("small", {class: "bad"}, "drawn at random: " + (step.text === null ? "the call failed"
+                                                             : "the answer names no legal action")),
     make("small", null, agreed ? "✓ so would the expert" : `the expert would play ${step.expert.join(" or ")}`),
     list);
 }

@@ -85,6 +85,7 @@ def asked_beside(options, given, settings):
     except ValueError:
         kind = "run" if checkpoints(options.beside) else "model"
     given = {key: value for key, value in given.items() if key not in ("temperature", "cot", "bits")}
+    given |= {key: settings[key] for key in WORLD}              # both play the same house
     if kind == "model":
         given |= {key: settings[key] for key in ("temperature", "cot") if key in settings}
     nobody = dict.fromkeys(("run", "model", "policy", "endpoint"))
@@ -97,7 +98,7 @@ def embed(data) -> str:
     >>> embed({"text": "</script>&"})
     '{"text": "\\\\u003c/script\\\\u003e\\\\u0026"}'
     """
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     return text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
                           | {surrogate: "\ufffd" for surrogate in range(0xd800, 0xe000)})       # which no file holds
 
