@@ -29,7 +29,7 @@ from vlm.families import save_processor
 from vlm.loading import load_model
 
 EARLY_NOISE = 0.3               # share of random commands in the second lesson
-LABEL_NOISE = 0.45              # and in the last, set by trial: where RL starts
+LABEL_NOISE = 0.45              # and in the last, between two that were tried: where RL starts
 # One token a word or number, so that a name is read and written as its words; a prompt's fixed lines whole.
 PIECES = Regex("|".join((r"You are in a house\. Your task is to:", r"\n?Answer in JSON:[^\n]*", r"\n?Actions:\n",
                          '"action', r"You are in the middle of a room\. Looking quickly around you, you see",
