@@ -8,7 +8,7 @@
 
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds (train.py).
 The last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack, so look at
-`reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` first.
+`reading_rate`, `expert_agreement`, `lost_by` and `hit_rate_by_total` first (games/statistics.py).
 Does not handle: who plays (players.py), letting a policy answer (rollout.py).
 """
 
@@ -19,10 +19,9 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C in the seconds of importing: no traceback
@@ -30,12 +29,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import numpy as np
 
 from env import GAMES, TASKS, make_game
-from games.expert import best_actions, continuations, plan_right, planned, reads_right
+from games.statistics import Decision, decision_statistics, rate
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.errors import ModelError, foreign, in_words
 from plumbing.interval import wilson
 from plumbing.settings import WORLD, Settings, add_flags, default_of, with_task_defaults
-from rollout import Choice
 from vlm.loading import is_small
 
 BASELINES = Path(__file__).parent / "results" / "baselines"
@@ -49,12 +47,6 @@ class Table:
     episode: int
     picture: np.ndarray = None
     info: dict = None
-
-
-class Decision(NamedTuple):
-    """One step of one episode: what the game knew of its state, and what was chosen."""
-    info: dict
-    choice: Choice
 
 
 def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None, world=None) -> dict:
@@ -75,7 +67,7 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
     while tables:
         choices = player(*zip(*((table.game, table.picture, table.info) for table in tables)))
         for table, choice in zip(tables, choices):
-            decisions.append(Decision(table.info, choice))
+            decisions.append(Decision(table.episode, table.info, choice))
             if watch:
                 watch(table.picture, choice, table.episode)
             table.picture, reward, terminated, truncated, table.info = table.game.step(choice.index)
@@ -97,46 +89,6 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
         result["success_by_kind"] = {kind: rate(won for won, own in zip(success, kinds) if own == kind)
                                      for kind in sorted(set(kinds))}
     return result | decision_statistics(task, decisions, cot)
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------
-def rate(truths: Iterable[bool]) -> float | None:
-    """The share of a list that is true, None of an empty one."""
-    truths = list(truths)
-    return float(np.mean(truths)) if truths else None
-
-
-def decision_statistics(task, decisions, cot):
-    """Shares of the decisions that named a legal action, that are the expert's too, whose thoughts are right."""
-    answered = [decision for decision in decisions if decision.choice.text is not None]
-    thinking = answered if cot else []
-    found = {
-        "parse_rate": rate(choice.named for _, choice in answered),
-        "expert_agreement": rate(choice.action in best_actions(task, info) for info, choice in decisions),
-        "reading_rate": rate(reads_right(task, choice.text, info) for info, choice in thinking)}
-    if thinking and "formula" in decisions[0].info:
-        found |= plan_statistics(task, thinking)
-    if task == "blackjack":
-        found |= blackjack_statistics(decisions)
-    return found
-
-
-def plan_statistics(task, decisions):
-    """Formula games: how often the plan in the thoughts is right while one could be, and how often it is followed."""
-    return {"plan_rate": rate(plan_right(planned(choice.text), info)
-                              for info, choice in decisions if continuations(task, info)),
-            "plan_followed": rate(planned(choice.text)[:1] == [choice.action] for _, choice in decisions)}
-
-
-def blackjack_statistics(decisions):
-    """How often it hits: on each total, and on the totals that cannot bust, that are close, that should stand."""
-    hits = {}
-    for info, choice in decisions:
-        hits.setdefault(info["total"], []).append(choice.action == "hit")
-    bands = {"hit_rate_to_11": range(4, 12), "hit_rate_12_to_16": range(12, 17), "hit_rate_from_17": range(17, 22)}
-    return {"hit_rate_by_total": {str(total): rate(hits[total]) for total in sorted(hits)},
-            "decisions_by_total": {str(total): len(hits[total]) for total in sorted(hits)},
-            **{name: rate(hit for total in band for hit in hits.get(total, [])) for name, band in bands.items()}}
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from games.expert import reads_right
+from games.statistics import count_endings
 from parse import choose, json_closed, make_prompt
 from plumbing import parallel
 from ppo import answer_logprob, explained_variance, gae
@@ -194,12 +195,17 @@ def play_metrics(rollout: Rollout, settings) -> dict:
     read = [reads_right(settings.task, choice.text, info)
             for choice, info in zip(rollout.choices, rollout.infos)] if settings.cot else []
     thought_logp, action_logp = (parallel.concat(rollout.part_logp[None]).sum(0) / settings.batch_size).tolist()
-    return {"episodes": len(returns), "success": mean(everyones([success for _, success in rollout.episodes])),
-            "return_mean": mean(returns),
-            "parse_rate": mean(everyones([choice.named for choice in rollout.choices])),
-            "reading_rate": mean(everyones(read)),
-            "response_tokens": mean(everyones([len(response) for response in rollout.responses])),
-            "thought_logp": thought_logp, "action_logp": action_logp}
+    found = {"episodes": len(returns), "success": mean(everyones([success for _, success in rollout.episodes])),
+             "return_mean": mean(returns),
+             "parse_rate": mean(everyones([choice.named for choice in rollout.choices])),
+             "reading_rate": mean(everyones(read)),
+             "response_tokens": mean(everyones([len(response) for response in rollout.responses])),
+             "thought_logp": thought_logp, "action_logp": action_logp}
+    if settings.cot and "formula" in rollout.infos[0]:
+        won, unfollowed, wrong = everyones([count_endings(settings.task, rollout)]).sum(0)
+        found |= {"lost_plan_not_followed": unfollowed / max(1, won + unfollowed + wrong),
+                  "lost_wrong_plan": wrong / max(1, won + unfollowed + wrong)}
+    return found
 
 
 def value_metrics(rollout):

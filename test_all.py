@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import warnings
 import weakref
 from collections import Counter
@@ -82,6 +83,7 @@ from extras.endpoint import EndpointPlayer
 from extras.film import Film
 from games import draw, expert, household, houses
 from games.formula import evaluate, solutions
+from games.statistics import Decision, count_endings, plan_statistics, refused
 from plumbing import card, checkpoint, manifest, parallel
 from plumbing import settings as run_settings
 from plumbing.settings import Settings
@@ -1722,6 +1724,44 @@ def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
     assert few == many
 
 
+def test_what_lost_a_formula_game_is_hand_worked():
+    """The first decision that leaves every solution is blamed on the plan, or on not following it."""
+    def episode(number, numbers, target, *steps):               # step: (plan, action)
+        formula, decisions = [], []
+        for plan, action in steps:
+            info = {"numbers": numbers, "target": target, "formula": list(formula)}
+            text = f"Now '{''.join(formula)}' then '{plan}'. I choose {action}."
+            decisions.append(Decision(number, info, playing.Choice(action, 0, True, text)))
+            formula += [] if refused(info, action) or action == "=" else [action]
+        return decisions
+
+    easy, hard = ([2, 10], 12), ([2, 4, 8, 10], 24)
+    won = episode(0, *easy, ("2+10=", "10"), ("+2=", "+"), ("2=", "2"), ("=", "="))     # another solution than planned
+    brackets = [(f"{'(10+8)+4+2='[k:]}", symbol) for k, symbol in
+                zip((0, 1, 3, 4, 5, 6, 7, 8, 9, 10), ("(", "10", "+", "8", ")", "+", "4", "+", "2", "="))]
+    needless = episode(1, *hard, *brackets)
+    unfollowed = episode(2, *easy, ("2+10=", "2"), ("+10=", "*"), ("nothing", "="))
+    wrong = episode(3, *easy, ("2*10=", "2"), ("*10=", "*"), ("10=", "10"), ("=", "="))
+    slow = episode(4, *easy, *[("2+10=", "7")] * 5)
+    early = episode(5, *easy, ("2+10=", "="))
+    unsolvable = episode(6, [1, 1, 1, 1], 24, ("nothing", "="))
+    for steps, end in ((won, "won"), (needless, "won"), (unfollowed, "right plan not followed"), (wrong, "wrong plan"),
+                       (slow, "out of time"), (early, "right plan not followed"), (unsolvable, None)):
+        task = "points24" if len(steps[0].info["numbers"]) == 4 else "ezpoints"
+        shares = plan_statistics(task, steps)["lost_by"]
+        assert shares == ({name: float(name == end) for name in shares} if end else dict.fromkeys(shares))
+    together = plan_statistics("ezpoints", [*won, *unfollowed, *wrong, *slow, *early])["lost_by"]
+    assert together == {"won": 0.2, "right plan not followed": 0.4, "wrong plan": 0.2, "out of time": 0.2}
+    steps = [*won, *unfollowed, *wrong, *slow, *early]
+    some = types.SimpleNamespace(infos=[step.info for step in steps], choices=[step.choice for step in steps],
+                                 rewards=torch.tensor([[0, 0, 0, 10.0, -1]]))
+    assert count_endings("ezpoints", some) == [1, 2, 1]
+    # what is called won is what the game pays for: the model in this repository, its own decisions
+    policy, _ = players.open_policy("pocket")
+    result = evaluation.evaluate(players.model_player(policy, 0, max_new_tokens=80), "ezpoints", 24, 0)
+    assert result["lost_by"]["won"] == result["goal_rate"] and sum(result["lost_by"].values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
     (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
@@ -2842,7 +2882,7 @@ def test_a_server_with_the_experts_answers_plays_as_the_expert(endpoint_player):
     expected = evaluation.evaluate(noting, "points24", 10, 0)
     with Stub(reply) as stub, endpoint_player(stub, concurrency=4) as player:
         found = evaluation.evaluate(player, "points24", 10, 0)
-    spoken = {"parse_rate", "reading_rate", "plan_rate", "plan_followed"}   # the script says nothing
+    spoken = {"parse_rate", "reading_rate", "plan_rate", "plan_followed", "lost_by"}   # the script says nothing
     assert {key: found[key] for key in set(found) - spoken} == {key: expected[key] for key in set(found) - spoken}
     assert found["parse_rate"] == found["reading_rate"] == found["plan_rate"] == 1.0
 

@@ -1,6 +1,6 @@
 """Redraws the figures of the READMEs from results/, and prints their tables.
 
-    python -m extras.plot               # writes results/curves.png, results/lambda.png
+    python -m extras.plot               # writes results/curves.png, lambda.png, losses.png
 
 A curve is the success of the episodes that ended in each rollout, the mean over seeds; its band goes from the lowest
 to the highest seed. Does not handle: reading the results (recorded.py), what the tables hold (tables.py).
@@ -14,7 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 
-from extras.recorded import CEILING, LAMBDAS, PAPER, RESULTS, baseline, curves, finals, lambda_runs, read, runs  # noqa: E402
+from extras.recorded import CEILING, LAMBDAS, PAPER, RESULTS, baseline, curves, finals, lambda_runs, metrics, read, runs  # noqa: E402
 from extras.tables import lambdas, tables  # noqa: E402
 
 
@@ -72,6 +72,21 @@ def draw_lambda(path):
     pyplot.close(figure)
 
 
+def draw_losses(folder, path):
+    """How the solvable games of a run end while it learns: won, a right plan not followed, a wrong plan."""
+    rows = metrics(folder)
+    shares = np.array([[row["lost_plan_not_followed"], row["lost_wrong_plan"]] for row in rows])       # (updates, 2)
+    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    axes.stackplot([row["env_steps"] for row in rows], 100 * (1 - shares.sum(1)), *(100 * shares.T),
+                   labels=("won", "lost: a right plan, not followed", "lost: a wrong plan"),
+                   colors=("tab:green", "tab:orange", "tab:red"), alpha=0.8)
+    axes.set(xlabel="environment steps", ylabel="solvable games, %", ylim=(0, 100), title=folder.name, xmargin=0)
+    axes.legend(fontsize=8, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def make_parser():
     return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -81,6 +96,8 @@ def main(arguments=None):
     draw_curves(RESULTS / "curves.png")
     if lambdas():
         draw_lambda(RESULTS / "lambda.png")
+    if (folder := runs("points24")[:1]) and "lost_wrong_plan" in metrics(folder[0])[0]:
+        draw_losses(folder[0], RESULTS / "losses.png")
     print(*tables(), sep="\n\n")
 
 
