@@ -40,8 +40,11 @@ def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch
 
 
 def scripted_player(name, task, seed):
-    """A player without a model, whose texts are None: "random", "expert", "always:ACTION", and on ALFWorld "heuristic"
-    (remembers nothing)."""
+    """A player without a model, whose texts are None: "random", "expert", "always:ACTION".
+
+    On ALFWorld also "heuristic", which remembers nothing. seed: of random play. ValueError for another name; the player
+    itself raises ModelError where ACTION is not legal.
+    """
     generator = np.random.default_rng(seed)
     kind, _, fixed = name.partition(":")
     names = ("random", "expert", *(("heuristic",) if task == "alfworld" else ()))
@@ -69,7 +72,10 @@ def scripted_player(name, task, seed):
 
 
 def open_run(run):
-    """Return (policy of a run's last checkpoint, the run's settings as a dict)."""
+    """Return (policy of a run's last checkpoint, the run's settings as a dict).
+
+    ModelError where the folder has no whole checkpoint, one of another program, or settings of another version.
+    """
     last = newest_checkpoint(run)
     check(last)
     with foreign(Path(run) / "config.json"):
@@ -85,7 +91,11 @@ def open_run(run):
 
 
 def open_policy(model="auto", bits="auto", temperature=None, task="blackjack"):
-    """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some."""
+    """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
+
+    model, bits: as the flags of train.py; temperature: None for the default of the model's size; task: what "pocket"
+    and the plan of memory go by. ModelError where the model cannot be had, or its adapters are not for it.
+    """
     loaded = open_model(model, bits, Settings(task=task))
     lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
     if temperature is None:

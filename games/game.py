@@ -47,12 +47,17 @@ class Game(gymnasium.Env):
         return ""
 
     def reset(self, *, seed=None, options=None):
+        """Deal a game, by the seed or as the generator goes on; return (picture (SIZE, SIZE, 3) uint8, info)."""
         super().reset(seed=seed)
         self.steps, self.episode_return, self.over = 0, 0.0, False
         self._deal()
         return self.observe()
 
     def step(self, action):
+        """Play legal_actions()[action]; return (picture, reward, terminated, truncated, info).
+
+        ValueError for an index that is none, RuntimeError before reset and after the end: nothing changes then.
+        """
         if getattr(self, "over", True):
             raise RuntimeError("there is no episode to step in: call reset() first")
         legal = self.legal_actions()
