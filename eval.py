@@ -217,11 +217,18 @@ def play(options, given):
         recorder = Film()
     result = play_task(options, policy, name, settings, options.task, recorder)
     for key, value in result.items():
-        if not isinstance(value, dict):
-            print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+        print(f"{key:18} {shown(value)}")
     if others := who_else(options.task, settings):
         print(f"{'others win':18} {others} (results/baselines)")
     return result, recorder
+
+
+def shown(value):
+    """A result's value for a line: "0.5000", and of a dict "won 0.50, wrong plan 0.25"."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part:.2f}" if isinstance(part, float) else f"{key} {part}"
+                         for key, part in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else value
 
 
 def play_task(options, policy, name, settings, task, watch=None):

@@ -86,7 +86,7 @@ def open_run(run):
         raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
                          "its config.json): evaluate it with that version")
     policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"])
-    policy.load(last)                                       # with the value head
+    policy.load_value_head(last)
     return policy, settings
 
 

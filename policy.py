@@ -306,6 +306,9 @@ class Policy(nn.Module):
     def load(self, folder):
         """Read all that save wrote."""
         self.load_adapters(folder)
+        self.load_value_head(folder)
+
+    def load_value_head(self, folder):
         head = Path(folder) / "value_head.safetensors"
         with foreign(head):
             stored, own = load_file(head), self.value_head.state_dict()

@@ -65,7 +65,7 @@ class Rollout:
 
     collect fills the first block, score_rollout the second, add_advantages the third.
     """
-    rewards: torch.Tensor               # (L, N), as the games pay
+    rewards: torch.Tensor               # (L, N), as the games pay, and Game.unnamed_reward
     terminated: torch.Tensor            # (L, N) 1 where the step ended its episode
     truncated: torch.Tensor             # (L, N) 1 where the step was its episode's last allowed one
     prompts: list = field(default_factory=list)         # S policy.Prompt: what was put in

@@ -64,7 +64,8 @@ class SFTSettings(ModelSettings):
     steps: int = setting(300, "optimiser steps")
     batch_size: int = setting(64, "demonstrations per optimiser step")
     micro_batch_size: int = setting(None, "demonstrations per forward pass, for memory", small=16, large=4)
-    lr: float = setting(None, "at its height, after a warm-up (large: the paper's)", small=5e-4, large=2e-5)
+    lr: float = setting(None, "at its height, after a warm-up (large: the paper's for all weights)",
+                        small=5e-4, large=2e-5)
     seed: int = setting(0, "fixes demonstrations and adapters")
     save_every: int = setting(50, "a checkpoint every so many steps")
 
@@ -96,7 +97,7 @@ def demonstrations(task: str, seed: int, label_noise=0.0, cot=True, world=None) 
 
     label_noise: share of labels that are uniform over the legal actions; the thoughts end in the label, right or not.
     world: env.make_game's further options.
-    Three states in ten are yielded, so that neighbours in a batch come from different deals.
+    Three states in ten are yielded, so that fewer neighbours in a batch come from the same deal.
     Half of the games go on with the expert's action and half with the label's, so that both the good path and what
     comes after a mistake are seen. Points24 deals are always solvable, as in the paper's data.
     """

@@ -31,7 +31,6 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 import warnings
 import weakref
 from collections import Counter
@@ -1753,7 +1752,7 @@ def test_what_lost_a_formula_game_is_hand_worked():
     together = plan_statistics("ezpoints", [*won, *unfollowed, *wrong, *slow, *early])["lost_by"]
     assert together == {"won": 0.2, "right plan not followed": 0.4, "wrong plan": 0.2, "out of time": 0.2}
     steps = [*won, *unfollowed, *wrong, *slow, *early]
-    some = types.SimpleNamespace(infos=[step.info for step in steps], choices=[step.choice for step in steps],
+    some = SimpleNamespace(infos=[step.info for step in steps], choices=[step.choice for step in steps],
                                  rewards=torch.tensor([[0, 0, 0, 10.0, -1]]))
     assert count_endings("ezpoints", some) == [1, 2, 1]
     # what is called won is what the game pays for: the model in this repository, its own decisions
@@ -2611,9 +2610,10 @@ def test_the_pocket_for_households_learns_from_the_demonstrators_play(alfworld):
     seen = {one.answer for one in next(pocket_alfworld.captions(states, 0))}
     assert any("nothing" in text for text in seen) and not any('. "' in text for text in seen)
     lesson = next(pocket_alfworld.answers(states, 0))
+    told = [one for one in lesson if one.prompt != "Read the picture."]
     commands = {command for *_, info in states for command in info["commands"]}
-    assert {parse.parse(one.answer, tuple(commands))[0] for one in lesson} <= commands
-    assert 0 < sum("thoughts" not in one.answer for one in lesson) < 20
+    assert len(told) < len(lesson) and {parse.parse(one.answer, tuple(commands))[0] for one in told} <= commands
+    assert 0 < sum("thoughts" not in one.answer for one in told) < 20
     policy, _ = players.open_policy("pocket", task="alfworld")
     player = players.model_player(policy, 0, max_new_tokens=60, batch_size=16)
     result = evaluation.evaluate(player, "alfworld", 6, 0, num_envs=6)
@@ -3478,7 +3478,7 @@ def test_figures_in_the_prose_are_in_the_result_files():
 def test_each_result_belongs_to_its_command():
     """A run's config.json, eval.json and folder are what its command.txt says: 15,000 steps, held-out deals."""
     folders = [file.parent for file in (HERE / "results" / "runs").glob("*-seed*/command.txt")]
-    assert len(folders) >= 12
+    assert len(folders) >= 12 and tables.households()       # none is hidden from git
     for folder in folders:
         command = (folder / "command.txt").read_text()
         script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", command).groups()

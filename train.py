@@ -112,7 +112,10 @@ def begin(run, folder, checkpoint):
 
 
 def set_learning_rates(run):
-    """Each group's rate falls on a cosine to lr_end over the run's updates, one step an update, and stays there."""
+    """Each group's rate falls on a cosine to lr_end over the run's updates, one step an update.
+
+    The last update is one step short of the end, so lr_end itself is reached after it.
+    """
     settings = run.settings
     done = min(1.0, run.update / settings.num_updates)
     for group, start in zip(run.optimizer.param_groups, (settings.lr, settings.value_lr)):

@@ -107,7 +107,8 @@ def best_actions(task: str, info: dict) -> list[str]:
     """Return the texts of all best actions in the state that `info` tells, the simplest first.
 
     Blackjack: best for wins, not for the return. Formula games: every next symbol of some solution (one without
-    needless brackets); a formula that no solution continues is given up with "=".
+    needless brackets); a formula that no solution continues is given up with "=". ALFWorld:
+    the demonstrator's next command alone, which goes by its memory; others may be as good.
 
     >>> best_actions("ezpoints", {"numbers": [2, 10], "formula": [], "target": 12})
     ['10', '2']

@@ -67,7 +67,11 @@ def _checksum(*words):
 
 @cache
 def homes(thing: str, split: str) -> tuple[str, ...]:
-    """The kinds of receptacles that a kind of object may be in: a quarter is held out, 3 at least where there are 7."""
+    """The kinds of receptacles that a kind of object may be in, by split.
+
+    Of its places, held out are a quarter, 3 at least where there are 7, 2 where there are 5 or 6, none of fewer:
+    such things stay in training houses.
+    """
     places = sorted((place for place, kinds in vocabulary()[0].items() if thing in kinds),
                     key=lambda place: _checksum(thing, place))
     count = max(3, len(places) // 4) if len(places) >= 7 else 2 if len(places) >= 5 else 0

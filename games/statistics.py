@@ -46,7 +46,7 @@ def decision_statistics(task, decisions, cot):
 
 
 def plan_statistics(task, decisions):
-    """Formula games: how often the plan in the thoughts is right while one could be, and how often it is followed.
+    """Formula games: how often the plan in the thoughts is right while one could be, and how often one is followed.
 
     lost_by: the share of the solvable deals that end in each of ENDINGS.
     """
@@ -54,9 +54,9 @@ def plan_statistics(task, decisions):
     for decision in decisions:
         episodes.setdefault(decision.episode, []).append(decision)
     ends = [ending(task, steps) for steps in episodes.values() if continuations(task, steps[0].info)]
-    return {"plan_rate": rate(plan_right(planned(choice.text), info)
-                              for _, info, choice in decisions if continuations(task, info)),
-            "plan_followed": rate(planned(choice.text)[:1] == [choice.action] for _, _, choice in decisions),
+    plans = [(planned(choice.text), info, choice.action) for _, info, choice in decisions]
+    return {"plan_rate": rate(plan_right(plan, info) for plan, info, _ in plans if continuations(task, info)),
+            "plan_followed": rate(plan[0] == action for plan, _, action in plans if plan),
             "lost_by": {end: rate(own == end for own in ends) for end in ENDINGS}}
 
 
@@ -84,7 +84,10 @@ def mistake(task, info, choice) -> str | None:
 
 
 def count_endings(task, rollout) -> list[int]:
-    """How many games of a rollout.Rollout were won, and lost by each of MISTAKES, at any of its steps."""
+    """How many steps of a rollout.Rollout won a game, and how many left every solution by each of MISTAKES.
+
+    Nearly always one a game; not where brackets are played that no solution of `continuations` has.
+    """
     found = [mistake(task, info, choice) for info, choice in zip(rollout.infos, rollout.choices)]
     return [int((rollout.rewards > 0).sum()), *map(found.count, MISTAKES)]
 

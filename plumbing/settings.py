@@ -114,7 +114,7 @@ class Settings(ModelSettings):
                                small=0.1, large=0.0)
     lr: float = setting(None, "learning rate, falling on a cosine", small=2e-4, large=1e-5)
     value_lr: float = setting(None, "the value head's, falling likewise", small=1e-3, large=1e-5)
-    lr_end: float = setting(1e-9, "where both end")
+    lr_end: float = setting(1e-9, "what both fall towards")
     max_grad_norm: float = setting(1.0, "policy's and value head's gradients are each scaled down to this (ours)")
     # before
     sft_steps: int = setting(None, "batches of supervised fine-tuning before RL, from plain weights (paper: 780)",
