@@ -29,7 +29,7 @@ from vlm.families import save_processor
 from vlm.loading import load_model
 
 EARLY_NOISE = 0.3               # share of random commands in the second lesson
-LABEL_NOISE = 0.45              # and in the last, between two that were tried: where RL starts
+LABEL_NOISE = 0.75              # and in the last: where RL starts
 # One token a word or number, so that a name is read and written as its words; a prompt's fixed lines whole.
 PIECES = Regex("|".join((r"You are in a house\. Your task is to:", r"\n?Answer in JSON:[^\n]*", r"\n?Actions:\n",
                          '"action', r"You are in the middle of a room\. Looking quickly around you, you see",
@@ -54,37 +54,51 @@ def play(seed, games, follow=0.7) -> list[tuple[str, str, dict]]:
     return found
 
 
-def captions(states, seed) -> Iterator[list[Demonstration]]:
-    """Batches that only say what the picture shows: the first lesson.
+def kinds_seen(states) -> list[str]:
+    """The kinds of things that lie about in these states."""
+    return sorted({kind_of(name) for _, _, info in states for name in info["inside"] or ()})
 
-    In every second picture the hand holds a thing of a random kind: the engine's words often leave out what is held, so
-    it has to be read, and play alone shows few kinds often enough.
+
+def caption(info, kinds, generator) -> Demonstration:
+    """Says what the picture shows, no more: what is held, what lies there.
+
+    In every second picture the hand holds a thing of one of `kinds`, drawn at random: the engine's words often leave
+    out what is held, so it has to be read, and play alone shows few kinds often enough.
     """
-    generator = np.random.default_rng(seed)
-    kinds = sorted({kind_of(name) for _, _, info in states for name in info["inside"] or ()})
+    if generator.random() < 0.5:
+        badges = [badge for badge in BADGES.values() if generator.random() < 0.25]
+        info = info | {"holding": f"{kinds[generator.integers(len(kinds))]} 1", "badges": badges}
+    held = "nothing" if info["holding"] is None else " ".join([*info["badges"], kind_of(info["holding"])])
+    seen = "shut" if info["shut"] else " ".join(map(kind_of, info["inside"] or ())) or "nothing"
+    return Demonstration(draw_scene(info), "Read the picture.", make_answer(f"Holding {held}. {seen}"))
+
+
+def captions(states, seed) -> Iterator[list[Demonstration]]:
+    """Batches of captions: the first lesson."""
+    generator, kinds = np.random.default_rng(seed), kinds_seen(states)
     while True:
-        batch = []
-        for i in generator.integers(len(states), size=64):
-            info = states[i][2]
-            if generator.random() < 0.5:
-                badges = [badge for badge in BADGES.values() if generator.random() < 0.25]
-                info = info | {"holding": f"{kinds[generator.integers(len(kinds))]} 1", "badges": badges}
-            held = "nothing" if info["holding"] is None else " ".join([*info["badges"], kind_of(info["holding"])])
-            seen = "shut" if info["shut"] else " ".join(map(kind_of, info["inside"] or ())) or "nothing"
-            batch.append(Demonstration(draw_scene(info), "Read the picture.", make_answer(f"Holding {held}. {seen}")))
-        yield batch
+        yield [caption(states[i][2], kinds, generator) for i in generator.integers(len(states), size=64)]
 
 
 def answers(states, seed, noise=0.0) -> Iterator[list[Demonstration]]:
-    """Batches of the demonstrator's answers, one in eight without thoughts; a share `noise` names random commands."""
-    generator = np.random.default_rng(seed)
+    """Batches of the demonstrator's answers, one in eight without thoughts; a share `noise` names random commands.
+
+    Where the demonstrator looks for a thing it goes anywhere: a model that remembers nothing and always goes the same
+    way can go round in circles for ever. One in eight is a caption, so that reading is not forgotten.
+    """
+    generator, kinds = np.random.default_rng(seed), kinds_seen(states)
     while True:
         batch = []
         for i in generator.integers(len(states), size=64):
             prompt, short, info = states[i]
-            label = next_step(info)[1]
-            if generator.random() < noise:
-                label = info["commands"][generator.integers(len(info["commands"]))]
+            if generator.random() < 1 / 8:
+                batch.append(caption(info, kinds, generator))
+                continue
+            todo, label = next_step(info)
+            options = info["commands"] if generator.random() < noise else [label]
+            if todo.startswith("find") and label.startswith("go to"):
+                options = [command for command in info["commands"] if command.startswith("go to")]
+            label = options[generator.integers(len(options))]
             cot = generator.random() > 1 / 8
             batch.append(Demonstration(draw_scene(info), prompt if cot else short,
                                        make_answer(label, thoughts(info, label) if cot else None)))

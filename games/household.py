@@ -32,24 +32,24 @@ def next_step(info: dict, memory=True) -> tuple[str, str]:
                    key=lambda r: -sum(kind_of(name) == target for name in seen.get(r, ())))
     home = homes[0] if homes else None
     if held and kind_of(held) != target:
-        return "leave it", _leave(info, held)
+        return f"leave {held}", _leave(info, held)
     if held:
         if act in TOOLS and BADGES[act] not in info["badges"]:
             tool = next(r for r in info["receptacles"] if kind_of(r) == TOOLS[act])
             do = f"{act} {held} with {tool}"
-            return f"{act} it", do if do in commands else f"go to {tool}"
+            return (do, do) if do in commands else (f"bring {held} to {tool}", f"go to {tool}")
         if act == "light":
             lit = next((c for c in commands if c.startswith(f"use {lamp} ")), None)
-            return (f"use the {lamp}", lit) if lit else (f"find the {lamp}", _search(info, seen, lamp))
-        if home in info["near"]:
-            do = f"move {held} to {home}"
-            return "put it", do if do in commands else f"open {home}"
-        return "put it", f"go to {home}"
+            return (f"use {lamp}", lit) if lit else (f"find {lamp}", _search(info, seen, lamp))
+        if home not in info["near"]:
+            return f"bring {held} to {home}", f"go to {home}"
+        do = f"move {held} to {home}"
+        return (f"put {held} in {home}", do) if do in commands else (f"open {home}", f"open {home}")
     placed = home if act not in TOOLS else None             # what lies there is done with
     for r, names in info["contents"].items():
         for name in names:
             if r != placed and kind_of(name) == target:
-                return "take it", f"take {name} from {r}"
+                return f"take {name}", f"take {name} from {r}"
     left = {r: names if r != placed else [] for r, names in seen.items()}
     return f"find {target}", _search(info, left, target)
 

@@ -21,8 +21,9 @@ from vlm.families import PARTS
 
 # The formula games pay 10, ALFWorld 50: scaled, all returns are about 1, which value_lr and advantage_floor are for.
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0, "alfworld": 0.02}
-# Other defaults on ALFWorld: λ is the paper's; each game holds an engine, and its episodes are longer.
-TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "num_envs": 16, "num_steps": 32, "eval_episodes": 500}}
+# Other defaults on ALFWorld: λ and the steps in all are the paper's; games are slower there, and longer.
+TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "total_timesteps": 5_000, "num_envs": 32, "num_steps": 16,
+                              "eval_episodes": 500}}
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")      # settings of ALFWorld alone
 
 
