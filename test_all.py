@@ -2523,22 +2523,25 @@ def test_an_answer_that_names_no_command_costs_one_and_plays_at_random(alfworld,
     assert len(texts) > 2                                               # each step is stored with its own prompt
 
 
-def test_engine_memory_changes_no_word(alfworld, monkeypatch):
-    """The engine with its parses remembered and as it is installed: the same transcript."""
+def test_what_the_engine_remembers_changes_no_word(alfworld, monkeypatch):
+    """The engine as it is used, and as it is installed: the same transcript, facts and plans."""
     def transcript():
         engine, said = alfworld.Engine(), []
-        for number in (1, 4):
+        for number in (1, 4, 1):
             engine.load(houses.deal(number))
             generator = np.random.default_rng(number)
             for _ in range(12):
                 engine.step(engine.commands[generator.integers(len(engine.commands))])
-                said.append((engine.said, engine.commands))
+                said.append((engine.said, engine.commands, engine.facts, engine.won))
+            said.append(engine.plan())
         return said
 
     remembered = transcript()
-    monkeypatch.setattr(alfworld.textgen, "_parse_and_convert", alfworld.textgen._parse_and_convert.__wrapped__)
-    rule = alfworld.logic.Rule
-    monkeypatch.setattr(rule, "parse_conjunctive_query", rule.parse_conjunctive_query.__wrapped__)
+    installed = runpy.run_path(alfworld.textgen.__file__)
+    monkeypatch.setattr(alfworld.textgen, "copy_context", installed["copy_context"])
+    for where, name in ((alfworld.textgen, "_parse_and_convert"), (alfworld.pddl_logic, "_parse_and_convert"),
+                        (alfworld.logic.Rule, "parse_conjunctive_query"), (alfworld.fast_downward, "pddl2sas")):
+        monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
     assert transcript() == remembered
 
 

@@ -69,7 +69,7 @@ def write_checkpoint(folder, full):
             shards, held = [*shards, []], 0
         shards[-1].append(name)
         held += 2 * shape.numel()
-    generator, index = torch.Generator().manual_seed(0), {}
+    generator, index = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0), {}
     for k, names in enumerate(shards, 1):
         file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
         save_file({old_name(name): random_weight(name, shapes[name], generator) for name in names}, folder / file,
@@ -96,7 +96,7 @@ def random_weight(name, shape, generator):
     """fp16: a norm's weights 1, the others small."""
     if re.search(r"norm\w*\.weight$", name):
         return torch.ones(shape, dtype=torch.float16)
-    return (0.02 * torch.randn(shape, generator=generator)).half()
+    return (0.02 * torch.randn(shape, generator=generator, device=generator.device)).half().cpu()
 
 
 def run_stage(name, arguments, stop=None):
