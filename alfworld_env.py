@@ -1,6 +1,7 @@
 """ALFWorld, the paper's second world: household tasks by text command, on its real engine, in houses of our own.
 
-    game = env.make_game("alfworld", receptacles=5, objects=4)         # or gymnasium.make("alfworld/Household-v0")
+    game = env.make_game("alfworld", receptacles=5, objects=4)
+    game = gymnasium.make("alfworld_env:alfworld/Household-v0").unwrapped             # the same
     picture, info = game.reset(seed=1)                      # info["task"]: "put a clean cup in desk."
     picture, reward, terminated, truncated, info = game.step(0)         # an index into legal_actions()
 
@@ -174,7 +175,7 @@ class ALFWorld(Game):
             self.engine.load(house)
         except HouseError as error:
             raise ModelError(str(error)) from error
-        self.at, self.seen = None, {}
+        self.at, self.seen = next(iter(self._near()), None), self._contents()
         for command in self.commands:
             if command not in self.legal_actions():
                 raise ValueError(f"not a state that ALFWorld can be in: {command!r} is no command there")
@@ -203,7 +204,7 @@ class ALFWorld(Game):
             raise
 
     def _is_possible(self):
-        return (type(self.number) is int and 0 <= self.number < 2**31 and isinstance(self.commands, list)
+        return (type(self.number) is int and self.number >= 0 and isinstance(self.commands, list)
                 and all(isinstance(command, str) for command in self.commands) and len(self.commands) == self.steps
                 and type(self.checksum) is int)
 

@@ -29,6 +29,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import numpy as np
 
 from env import GAMES, TASKS, make_game
+from games.houses import HouseError, data_files
 from games.statistics import Decision, decision_statistics, rate
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.errors import ModelError, foreign, in_words
@@ -49,6 +50,16 @@ class Table:
     info: dict = None
 
 
+def at_most(episodes, world) -> int:
+    """As many episodes as asked for, or as there are: ALFWorld's data set holds out some 140 houses."""
+    if (world or {}).get("houses") != "data":
+        return episodes
+    try:
+        return min(episodes, len(data_files("held out")))
+    except HouseError as error:
+        raise ModelError(str(error)) from error
+
+
 def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None, world=None) -> dict:
     """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (results/README.md).
 
@@ -58,6 +69,7 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
+    episodes = at_most(episodes, world)
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     world, kinds = ({"split": "held out"} if task == "alfworld" else {}) | (world or {}), [None] * episodes
     decisions, waiting = [], iter(range(episodes))
@@ -217,7 +229,8 @@ def play(options, given):
         recorder = Film()
     result = play_task(options, policy, name, settings, options.task, recorder)
     for key, value in result.items():
-        print(f"{key:18} {shown(value)}")
+        if value is not None:
+            print(f"{key:18} {shown(value)}")
     if others := who_else(options.task, settings):
         print(f"{'others win':18} {others} (results/baselines)")
     return result, recorder

@@ -40,6 +40,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"                     # one process a core: more threads would wait for each other
 
 import gymnasium
 import numpy as np
@@ -1074,9 +1076,10 @@ def test_the_memory_plan_is_what_autograd_keeps(shipped):
     model = pocket.make_model(shipped[1], seed=7, text_layers=6).to(torch.bfloat16)
     agent = Policy(model, shipped[1], rank=8)
     game, picture, info = states_of("points24", 1)[0]
-    size = memory.prompt_size(model.config, shipped[1], "points24")
+    longest = memory.prompt_size(model.config, shipped[1], "points24")
     prompts = agent.encode([picture] * 4, [parse.make_prompt(game, info)] * 4)
-    assert size == (len(prompts[0].ids), 25)
+    size = len(prompts[0].ids), 25
+    assert longest >= size and longest[1] == 25                         # the first prompt is short: no formula yet
 
     weights, kept = {parameter.untyped_storage()._cdata for parameter in agent.parameters()}, {}
 
@@ -1533,7 +1536,7 @@ def test_ratio_is_one_in_bf16_at_depth(mistral):
     prompts = agent.encode([p for _, p, _ in states], [parse.make_prompt(g, i) for g, _, i in states])
     responses = agent.generate(prompts, torch.Generator().manual_seed(0), 40)
     responses = [response[:5 + 7 * k % 36] for k, response in enumerate(responses)]
-    options = Settings(micro_batch_size=2, minibatch_size=6)
+    options = Settings(micro_batch_size=2, minibatch_size=6, update_epochs=1)
     rollout = playing.Rollout(*torch.zeros(3, 1, 12), prompts, responses,
                               action_starts=torch.tensor([len(response) * 2 // 3 for response in responses]))
     rollout.shapes = playing.padded_shapes(prompts, responses, options)
@@ -2204,7 +2207,7 @@ def test_ppo_on_the_real_model_beats_its_start(shipped):
     for _ in range(4):
         ppo.ppo_update(run.policy, run.optimizer, play_out(run), run.settings, run.shuffling)
     player = players.model_player(run.policy, seed=0, max_new_tokens=40)
-    assert evaluation.evaluate(player, "numberline", 100, seed=10_000)["success"] > 0.6
+    assert evaluation.evaluate(player, "numberline", 60, seed=10_000)["success"] > 0.6
 
 
 # ---- plumbing/parallel.py ------------------------------------------------------------------------------------------
@@ -2473,6 +2476,18 @@ def test_receptacles_that_share_a_place(alfworld, monkeypatch):
     assert won == [True, True] and any(len(info["near"]) == 2 for info, *_ in steps)
 
 
+def test_a_game_that_begins_beside_a_receptacle(alfworld, monkeypatch):
+    """Not so in dealt houses: what is there is seen, shown and known from the start."""
+    house = houses.deal(5)
+    beside = dataclasses.replace(house, problem=house.problem.replace("agent1 loc_bar_0", "agent1 loc_bar_1"))
+    monkeypatch.setattr(houses, "deal", lambda *_: beside)
+    game = env.make_game("alfworld")
+    _, info = game.reset(seed=0)
+    assert info["at"] in info["scene"] and info["near"] == [info["at"]] and household.reading(info).startswith(
+        f"At {info['at']}") and info["seen"] == info["contents"]
+    assert household_episode(game, 0, lambda _, info: household.next_step(info)[1])[1]["is_success"]
+
+
 def test_nothing_hidden_is_shown(alfworld):
     """Things that change places behind the agent's back change neither picture nor prompt nor info."""
     game = env.make_game("alfworld")
@@ -2569,6 +2584,19 @@ def test_the_data_sets_files_are_played(alfworld, tmp_path, monkeypatch):
         files = houses._data_files(str(tmp_path), split)
         assert [houses._read(files[seed % 2]).problem for seed in (4, 5)] == [
             game.reset(seed=seed) and game.house.problem for seed in (4, 5)]
+    game.reset(seed=2**31 + 3)                                          # as in training; a run goes on from there
+    game.step(0)
+    twin = env.make_game("alfworld", split=split, houses="data")
+    twin.set_state(json.loads(json.dumps(game.get_state())))
+    assert twin.observe()[1] == game.observe()[1]
+    player = players.scripted_player("expert", "alfworld", 0)
+    few = evaluation.evaluate(player, "alfworld", 50, 0, world={"houses": "data"})
+    assert few["episodes"] == len(files) == 2 and few["success"] == 1   # not the same two again and again
+    unsolvable = tmp_path / "other" / files[0].relative_to(tmp_path)
+    shutil.copytree(files[0].parent, unsolvable.parent)
+    unsolvable.write_text(files[0].read_text().replace('"solvable": true', '"solvable": false'))
+    with pytest.raises(houses.HouseError, match="none of the 1 games"):
+        houses._data_files(str(tmp_path / "other"), split)
     broken = next(tmp_path.rglob("game.tw-pddl"))
     for text, message in (("{", "is no game of ALFWorld's"), ('{"grammar": "", "pddl_problem": ""}', "is no game")):
         broken.write_text(text)
@@ -2619,7 +2647,7 @@ def test_the_pocket_for_households_learns_from_the_demonstrators_play(alfworld):
     assert 0 < sum("thoughts" not in one.answer for one in told) < 20
     policy, _ = players.open_policy("pocket", task="alfworld")
     player = players.model_player(policy, 0, max_new_tokens=60, batch_size=16)
-    result = evaluation.evaluate(player, "alfworld", 6, 0, num_envs=6)
+    result = evaluation.evaluate(player, "alfworld", 3, 0, num_envs=3)
     assert result["parse_rate"] > 0.5 and result["success"] > 0.1       # uniform play: 1 game in 10
 
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from env import make_game
-from eval import evaluate
+from eval import at_most, evaluate
 from players import model_player
 from plumbing import parallel
 from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
@@ -172,14 +172,14 @@ def held_out(run, when, path):
     settings = run.settings
     if parallel.rank() or not settings.eval_episodes:
         return None
-    asked = settings.eval_episodes, settings.eval_seed
+    asked = at_most(settings.eval_episodes, settings.world), settings.eval_seed
     with foreign(path):
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if (result.get("episodes"), result.get("seed")) != asked:       # one that fits is this very policy's
-        parallel.say(f"playing {settings.eval_episodes} held-out games (--eval-episodes) …")
+        parallel.say(f"playing {asked[0]} held-out games (--eval-episodes) …")
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
-        with tqdm(total=settings.eval_episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
+        with tqdm(total=asked[0], unit="game", desc="held out", disable=None, leave=False) as bar:
             watch = lambda picture, choice, episode: bar.update(choice is None)
             if run.board:
                 watch = run.board.filming(path, watch)

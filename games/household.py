@@ -1,4 +1,4 @@
-"""Who knows what to do in ALFWorld: a demonstrator with memory, a heuristic without, and the words that they would say.
+"""ALFWorld's expert (the demonstrator, with memory; without memory the heuristic), and the words that it would say.
 
 They know what the agent was told and has seen, no more: the task, the receptacles' names, what lies where it has looked
 (`info` of alfworld_env.py; `info["seen"]` is the memory). While it searches, the demonstrator goes through the
@@ -62,7 +62,7 @@ def _search(info, seen, kind):
         return f"go to {known[0]}"
     if shut := [r for r in near if r not in info["contents"]]:
         return f"open {shut[0]}"
-    start = names.index(info["at"]) + 1 if near else 0
+    start = names.index(info["at"]) + 1 if info["at"] else 0
     others = [r for r in (*names[start:], *names[:start]) if r not in near]
     return f"go to {next((r for r in others if r not in seen), others[0])}"
 

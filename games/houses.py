@@ -69,8 +69,8 @@ def _checksum(*words):
 def homes(thing: str, split: str) -> tuple[str, ...]:
     """The kinds of receptacles that a kind of object may be in, by split.
 
-    Of its places, held out are a quarter, 3 at least where there are 7, 2 where there are 5 or 6, none of fewer:
-    such things stay in training houses.
+    Held out are 3 of its places (4 of cloth's 17), 2 where there are 5 or 6, none of fewer: such things stay in
+    training houses.
     """
     places = sorted((place for place, kinds in vocabulary()[0].items() if thing in kinds),
                     key=lambda place: _checksum(thing, place))
@@ -99,22 +99,21 @@ def deal(number: int, split="train", receptacles=5, objects=4) -> House:
 
 
 def _try(rng, split, kind, receptacles, objects):
-    """One try at a House; None where the draw has no solution, or is the other split's."""
+    """One try at a House; None where the draw does not fit, or is the other split's."""
     fits, able, _ = vocabulary()
     act, tool, count = TASKS[kind]
     target = _one(rng, sorted(able[act]) if tool else sorted(set().union(*fits.values())))
     places = [place for place in homes(target, split) if place != tool]
     if len(places) < 2:
         return None
-    lies, place = (places[i] for i in rng.choice(len(places), 2, replace=False))
+    one_home, place = (places[i] for i in rng.choice(len(places), 2, replace=False))
     lamp = _one(rng, LAMPS) if act == "light" else None
-    layout = [lies, *([] if lamp else [place]), *([tool] if tool else []), *([_one(rng, STANDS)] if lamp else [])]
-    if len(layout) > receptacles:
-        return None
+    layout = [one_home, *([] if lamp else [place]), *([tool] if tool else []), *([_one(rng, STANDS)] if lamp else [])]
     layout += [_one(rng, list(fits)) for _ in range(receptacles - len(layout))]
     if layout_split(layout) != split:
         return None
-    stand = len(layout) - 1 - layout[::-1].index(next(r for r in layout if r in STANDS)) if lamp else None
+    # the lamp stands on the last receptacle of the first kind that is one for lamps
+    stand = max(i for i, r in enumerate(layout) if r == next(r for r in layout if r in STANDS)) if lamp else None
     where = [i for i, r in enumerate(layout) if r != place and r in homes(target, split)]
     contents = [(target, _one(rng, where)) for _ in range(count)] + ([(lamp, stand)] if lamp else [])
     free = [(thing, i) for i, r in enumerate(layout) for thing in fits[r]
@@ -144,14 +143,16 @@ def _goal(rng, kind, target, place, lamp):
 def from_data(number: int, split="train") -> House:
     """Return a house of the downloaded data set: the number-th game file of ALFWorld's own split, going round.
 
-    Games that ALFWorld itself leaves out (slices, movable receptacles, without a solution) are passed over. HouseError
-    where there are no files, or one is broken.
+    Games that ALFWorld itself leaves out (slices, movable receptacles, without a solution) are not among them.
+    HouseError where there are none, or one is broken.
     """
-    files = _data_files(os.environ.get("ALFWORLD_DATA", ""), split)
-    for step in range(len(files)):
-        if house := _read(files[(number + step) % len(files)]):
-            return house
-    raise HouseError(f"none of the {len(files)} games of {DATA_FOLDERS[split]} has a solution")
+    files = data_files(split)
+    return _read(files[number % len(files)])
+
+
+def data_files(split="train") -> list[Path]:
+    """The data set's games that ALFWorld plays. All are looked into, once: the thousands of training take seconds."""
+    return _data_files(os.environ.get("ALFWORLD_DATA", ""), split)
 
 
 @cache
@@ -160,7 +161,9 @@ def _data_files(root, split):
     found = sorted(file for file in folder.rglob("game.tw-pddl") if not re.search("movable|Sliced", str(file)))
     if not found:
         raise HouseError(f"{folder} holds no game.tw-pddl: run alfworld-download, and set $ALFWORLD_DATA to its folder")
-    return found
+    if not (solvable := [file for file in found if _read(file)]):
+        raise HouseError(f"none of the {len(found)} games in {folder} has a solution")
+    return solvable
 
 
 def _read(file):

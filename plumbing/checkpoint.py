@@ -192,8 +192,9 @@ def load(run, checkpoint):
     run.shuffling.set_state(generators["shuffling"])
     load_optimizer(run.optimizer, checkpoint)
     run.update, run.fallback.bit_generator.state = stored["update"], stored["fallback"]
-    for game, state in zip(run.games, stored["games"]):
-        game.set_state(state)
+    with foreign(checkpoint):                               # such as the data set's files, which may be others now
+        for game, state in zip(run.games, stored["games"]):
+            game.set_state(state)
     run.checkpoint = checkpoint
     for older in checkpoints(checkpoint.parent)[:-1] if parallel.rank() == 0 else ():
         manifest = older / "manifest.json"                  # a kill may have left this run's; a stranger's stays

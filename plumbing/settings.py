@@ -23,7 +23,7 @@ from vlm.families import PARTS
 REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack": 1.0, "alfworld": 0.02}
 # Other defaults on ALFWorld: λ and the steps in all are the paper's; games are slower there, and longer.
 TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "total_timesteps": 5_000, "num_envs": 32, "num_steps": 16,
-                              "eval_episodes": 500}}
+                              "eval_episodes": 100}}
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")      # settings of ALFWorld alone
 
 
@@ -53,7 +53,7 @@ class ModelSettings:
     seed: int = setting(1, "fixes the whole run")
     houses: str = setting("small", "alfworld: dealt ones, or the data set's ($ALFWORLD_DATA)",
                           choices=("small", "data"))
-    receptacles: int = setting(5, "alfworld: in a dealt house")
+    receptacles: int = setting(5, "alfworld: in a dealt house (more than 8 are hard to read in the picture)")
     objects: int = setting(4, "alfworld: in a dealt house")
     scene_text: bool = setting(True, "alfworld: the engine's words beside the picture")
     all_commands: bool = setting(False, "alfworld: also commands that change nothing, such as look")
@@ -76,6 +76,8 @@ class ModelSettings:
                 return f"{_flag(name)} is for --task alfworld"
         if not (4 <= self.receptacles <= 40 and 3 <= self.objects <= 40):
             return "--receptacles must be 4 to 40, --objects 3 to 40"
+        if self.houses == "data" and (self.receptacles, self.objects) != (5, 4):
+            return "--receptacles and --objects are for dealt houses: --houses data has its own"
         if unknown := set(self.target_modules or ()) - set(PARTS):
             return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
         for name, value in vars(self).items():

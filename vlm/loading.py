@@ -141,7 +141,8 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
         settings.bits = bits
         if adapters:
             vars(settings).update({key: adapter_settings(adapters)[key] for key in ("rank", "target_modules")})
-        size, free = prompt_size(config, _processor(folder), settings.task, settings.cot), free_bytes(device)
+        size = prompt_size(config, _processor(folder), settings.task, settings.cot, settings.world)
+        free = free_bytes(device)
         bits, checkpointing, plan = choose(config, settings, size, free)
         memory = said_of_memory(folder, plan, free)
     return Found(name, str(bits), base, adapters, folder, config, device, checkpointing,
