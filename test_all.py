@@ -1250,7 +1250,7 @@ def test_the_end_is_a_set(tiny_families):
 def test_another_family_goes_through_the_whole_program(tiny_families, tmp_path, capsys):
     """Supervised fine-tuning, RL and evaluation of a Qwen3-VL."""
     command = ["--task", "numberline", "--model", str(tiny_families["qwen3_vl"]), "--sft-steps", "2", "--rank", "2",
-               "--num-envs", "8", "--num-steps", "2", "--total-timesteps", "32", "--eval-episodes", "4",
+               "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "16", "--eval-episodes", "4",
                "--max-new-tokens", "8", "--out", str(tmp_path / "run")]
     train.main(command)
     evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "4"])
@@ -1553,13 +1553,13 @@ def test_ratio_is_one_in_bf16_at_depth(mistral):
 @pytest.mark.parametrize("task", ["numberline", "ezpoints"])
 def test_each_value_belongs_to_its_own_state(shipped, task):
     """Returns of a real rollout, truncated episodes among it, recomputed one by one from a replay of the games."""
-    run = make_run(shipped, task, num_envs=2, num_steps=32, max_new_tokens=60)
+    run = make_run(shipped, task, num_envs=2, num_steps=20, max_new_tokens=60)
     shake(run.policy, size=0.2)                                         # worse play: episodes that are cut off
     twins = [GAMES[task]() for _ in run.games]
     for twin, game in zip(twins, run.games):
         twin.set_state(game.get_state())
     rollout = play_out(run)
-    L, N = 32, 2
+    L, N = 20, 2
     r, v, after, ended = torch.zeros(4, L, N)
     terminated = torch.zeros(L, N)
     own = np.random.SeedSequence(run.settings.seed, spawn_key=(0,)).generate_state(2).tolist()
@@ -1622,7 +1622,7 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
         features.main([*command, "--rank", "8"])                        # a flag that only a language model has
     assert "unrecognized arguments: --rank" in capsys.readouterr().err
     taught = features.FeaturePolicy(*features.pocket_eyes(), GAMES["numberline"]().legal_actions())
-    features.teach(taught, "numberline", 40, label_noise=0.0)
+    features.teach(taught, "numberline", 15, label_noise=0.0)
     result = evaluation.evaluate(players.model_player(taught, 0, cot=False), "numberline", 50, 0, cot=False)
     assert result["success"] > 0.8
 
@@ -1640,7 +1640,7 @@ def test_seeds_differ_everywhere(shipped):
 def test_what_is_killed_or_damaged_is_as_the_run_left_alone_or_refused():
     """A share of extras/torture.py, in a process of its own because it forks: each row's tries all held. (Flipped bits
     are DAMAGES' below.)"""
-    found = subprocess.run([sys.executable, "-m", "extras.torture", "--every", "60", "--kills", "1", "--flips", "0",
+    found = subprocess.run([sys.executable, "-m", "extras.torture", "--every", "100", "--kills", "1", "--flips", "0",
                             "--answers", "2000"], cwd=HERE, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     rows = json.loads(found.stdout.splitlines()[-1])["tried_held"]
@@ -1810,7 +1810,7 @@ def test_an_episode_can_be_drawn(tmp_path, capsys):
 
 
 def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys):
-    sft.main(["--task", "numberline", "--model", "pocket", "--steps", "60", "--batch-size", "32", "--lr", "2e-3",
+    sft.main(["--task", "numberline", "--model", "pocket", "--steps", "40", "--batch-size", "32", "--lr", "2e-3",
               "--rank", "8", "--out", str(tmp_path / "a")])
     policy, _ = players.open_policy(str(tmp_path / "a"))
     result = evaluation.evaluate(players.model_player(policy, 0), "numberline", 64, 0)

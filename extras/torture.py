@@ -133,10 +133,9 @@ def torture_writes(command, folder, expected, what, every):
     for number in itertools.count(0, every):
         run = folder / f"write-{number}"
         status, text = ended(*child([*command, "--out", str(run)], lambda n=number: at_write(n, what)))
-        same = goes_on(command, run, expected) and "Traceback" not in text
         if status == 0:
             return tried, held                              # there is no such call any more
-        tried, held = tried + 1, held + same
+        tried, held = tried + 1, held + (goes_on(command, run, expected) and "Traceback" not in text)
 
 
 def torture_kills(command, folder, expected, tries, seconds, generator, count=1):
