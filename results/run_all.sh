@@ -109,6 +109,7 @@ runs() {
             for cot_lambda in 0 0.5; do
                 echo train alfworld-lambda-$cot_lambda-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda $cot_lambda --seed $seed
             done
+            echo train alfworld-twice-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda 0.5 --total-timesteps 10000 --seed $seed
         done
     fi
     # the same on another family of models
