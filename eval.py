@@ -179,6 +179,8 @@ def check_options(options, given):
         raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
     if options.endpoint and (not options.model or "bits" in given):
         raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
+    if options.greedy and options.policy:
+        raise ValueError("--greedy is for a model: a policy draws no tokens")
     if options.transcripts and not options.endpoint:
         raise ValueError("--transcripts is for --endpoint")
     if options.task == "all" and (options.render or (options.policy or "").startswith(("always", "heuristic"))):

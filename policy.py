@@ -76,7 +76,8 @@ class Prompt:
     """What the model gets in one state of a game: stored when it is answered, scored as stored."""
     images: dict                    # the picture as the vision tower takes it, a batch of one, on the CPU
     ids: list[int]                  # P token ids, I image tokens among them
-    features: torch.Tensor = None   # (I, levels, D) on the CPU, kept where vision tower and projector are frozen
+    # (I, levels, D) on the CPU, kept where vision tower and projector are frozen; more than one level: Qwen3-VL
+    features: torch.Tensor = None
 
 
 # ---- the policy -----------------------------------------------------------------------------------------------------
