@@ -54,7 +54,7 @@ for module in (textgen, pddl_logic):
 fast_downward.pddl2sas = functools.lru_cache(maxsize=2)(fast_downward.pddl2sas)         # for moves, and for the planner
 textgen.copy_context = lambda context: context | {key: dict(context[key]) for key in ("variables", "mapping")}
 _PARSERS = (textgen._PARSER, pddl_logic._PARSER, logic._PARSER)
-_spare = []                     # engines whose game is gone: each holds a copy of a 34 MB library until the program ends
+_spare = []       # engines whose game is gone: each holds a copy of a 34 MB library until the program ends
 
 
 def _forget():
