@@ -47,10 +47,10 @@ NOT_NAMED = -1.0                # and for an answer that names no command
 EMPTY = ("help", "look", "inventory", "examine ")           # commands that change nothing: left out of legal_actions
 
 # What the engine computes again and again is remembered, what it copies whole is copied shallowly (it only reads the
-# entities): six times the steps a second, word for word the same games. Twice a house is translated when it is loaded.
+# entities): six times the steps a second, word for word the same games. (Loading a house translates it twice.)
 logic.Rule.parse_conjunctive_query = functools.lru_cache(maxsize=None)(logic.Rule.parse_conjunctive_query)
-for module in (textgen, pddl_logic):
-    module._parse_and_convert = functools.lru_cache(maxsize=None)(module._parse_and_convert)
+textgen._parse_and_convert = functools.lru_cache(maxsize=None)(textgen._parse_and_convert)
+pddl_logic._parse_and_convert = functools.lru_cache(maxsize=None)(pddl_logic._parse_and_convert)
 fast_downward.pddl2sas = functools.lru_cache(maxsize=2)(fast_downward.pddl2sas)         # for moves, and for the planner
 textgen.copy_context = lambda context: context | {key: dict(context[key]) for key in ("variables", "mapping")}
 _PARSERS = (textgen._PARSER, pddl_logic._PARSER, logic._PARSER)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU has to show, from the repository's root, in some fifteen minutes on an H100: bash extras/gpu.sh
+# What a GPU has to show, from the repository's root, in at most 18 minutes: bash extras/gpu.sh
 #   LLaVA-1.6-7B's shape in 4 bits under a cap of 24 GB; where 80 GB are there, in 16 bits without checkpointing; then, side
 #   by side, the tests with CUDA in sight, the rehearsal at full depth, a run of the pocket model. Each in a process of its
 #   own, so that a failure leaves the others. The benches play and learn a quarter of an update; the table gives the whole.
@@ -44,10 +44,12 @@ job bench-4-bits-wide 200 python3 -m extras.bench $quarter --memory-gb 24 --micr
     --profile --out "$out/bench-4-bits-wide.json"
 [ "$gigabytes" -ge 79 ] && job bench-16-bits 200 python3 -m extras.bench $quarter --bits 16 --gradient-checkpointing 0 \
     --out "$out/bench-16-bits.json"
-export OMP_NUM_THREADS=1 PYTHONHASHSEED=0      # one thread each, or they wait for each other; one order of tests in all workers
-python3 -c "import xdist" 2> /dev/null && side_by_side="-n $(($(nproc --all) - 3)) -v"
+most=$(nproc --all)
+export OMP_NUM_THREADS=1 PYTHONHASHSEED=0      # one thread each, or they wait for each other; one order of tests
+workers="--maxprocesses $((most > 4 ? most - 3 : 1))"
+python3 -c "import xdist" 2> /dev/null || workers="-o addopts="         # pyproject.toml's are pytest-xdist's
 job rehearsal 400 python3 -m extras.rehearsal --full --out "$out/rehearsal.json" &
-job tests 400 python3 -m pytest -q -p no:cacheprovider ${side_by_side:-} test_all.py &
+job tests 400 python3 -m pytest -v -p no:cacheprovider $workers test_all.py &
 job pocket 200 python3 train.py --task blackjack --model pocket --eval-episodes 500 --out "$(mktemp -d)/run" &
 wait
 

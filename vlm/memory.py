@@ -8,8 +8,7 @@
 
 The plan counts what is known before a GPU is touched: what stays exactly, what comes and goes by running the
 language model on torch's meta device and adding up what autograd keeps. Not counted: CUDA's own context (about half a
-GiB), fragments, small temporaries. On one H200 the plans were 0.4 and 1.6 GiB above
-torch's peak (extras/README.md).
+GiB), fragments, small temporaries. On one H200 two plans were 0.4 and 1.6 GiB above torch's peak (extras/README.md).
 """
 
 import copy
