@@ -85,6 +85,11 @@ def open_run(run):
     if missing := set(PLAY_SETTINGS) - set(WORLD) - set(settings):
         raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
                          "its config.json): evaluate it with that version")
+    # a folder of before there was a temperature_end has a constant one
+    own = {"temperature_end": settings["temperature"]} | {
+        name: settings[name] for name in ("total_timesteps", "num_envs", "num_steps", "temperature", "temperature_end")
+        if name in settings}
+    settings["temperature"] = Settings(**own).temperature_at(int(last.name.removeprefix("checkpoint-")))
     policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"])
     policy.load_value_head(last)
     return policy, settings

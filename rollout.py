@@ -72,6 +72,7 @@ class Rollout:
     responses: list = field(default_factory=list)       # S lists of token ids: what was sampled
     choices: list = field(default_factory=list)         # S Choice: how they were read
     infos: list = field(default_factory=list)           # S dicts: what the games knew of their states
+    states: list = field(default_factory=list)          # S dicts: the states themselves, for imitation.py alone
     cut_off: list = field(default_factory=list)         # (t, n, Prompt of the last observation) of truncated episodes
     last_prompts: list = field(default_factory=list)    # N Prompts: the states after the last step
     episodes: list = field(default_factory=list)        # (return, whether it is a success) of those that ended
@@ -111,6 +112,7 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
         rollout.responses += responses
         rollout.choices += choices
         rollout.infos += infos
+        rollout.states += [game.get_state() for game in games] if settings.imitation else []
         for n, (game, choice) in enumerate(zip(games, choices)):
             picture, reward, terminated, truncated, info = game.step(choice.index)
             rollout.rewards[t, n] = reward + (0 if choice.named else game.unnamed_reward)       # ALFWorld: −1
@@ -180,7 +182,8 @@ def add_advantages(policy, rollout: Rollout, settings):
     # what is left is the value's error; divided by its own small spread it would push good answers down and apart.
     everyones = parallel.concat(rollout.advantages)
     spread = max(everyones.std().item() + 1e-8, settings.advantage_floor)
-    rollout.advantages = (rollout.advantages - everyones.mean()) / spread
+    advantages = (rollout.advantages - everyones.mean()) / spread
+    rollout.advantages = torch.where(advantages < 0, settings.negative_weight * advantages, advantages)
 
 
 def play_metrics(rollout: Rollout, settings) -> dict:

@@ -58,6 +58,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import env
 import eval as evaluation
+import imitation
 import parse
 import players
 import ppo
@@ -1359,8 +1360,8 @@ class Bandit(torch.nn.Module):
 
 
 def bandit_settings(**changes):
-    return Settings(**({"micro_batch_size": 16, "advantage_floor": 0.0, "target_kl": 0.0, "reward_scale": 1.0}
-                       | changes))
+    return Settings(**({"micro_batch_size": 16, "advantage_floor": 0.0, "target_kl": 0.0, "reward_scale": 1.0,
+                        "negative_weight": 1.0} | changes))
 
 
 def bandit_rollout(policy, options, generator, n=64):
@@ -1587,12 +1588,109 @@ def test_each_value_belongs_to_its_own_state(shipped, task):
 def test_learning_rate_falls_and_stays_down(shipped):
     run, rates = make_run(shipped, "numberline", value_lr=0.1, total_timesteps=320), []
     for run.update in range(15):
-        train.set_learning_rates(run)
+        train.anneal(run)
         rates.append([group["lr"] for group in run.optimizer.param_groups])
     rates, of_value = zip(*rates)
     assert of_value[0] == pytest.approx(0.1) and of_value[5] == pytest.approx(0.05) and of_value[-1] < 1e-8
     assert rates[0] == pytest.approx(1e-3) and rates[5] == pytest.approx(5e-4, rel=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == (pytest.approx(1e-9),) * 5
+
+
+def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_path, monkeypatch):
+    """In rollouts, scores and held-out games alike; a run's evaluation knows it, also of a folder without the setting."""
+    run, seen = make_run(shipped, "numberline", temperature_end=0.1, total_timesteps=160, num_envs=8), []
+    log_softmax = Policy._log_softmax
+    monkeypatch.setattr(Policy, "_log_softmax", lambda self, hidden: (
+        seen.append(self.temperature), log_softmax(self, hidden))[1])
+    for run.update in (0, 3, 9, 11):
+        train.anneal(run)
+        rollout = play_out(run)
+        assert ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)["ratio_error"] == 0
+        assert {round(temperature, 9) for temperature in seen} == {round(max(0.1, 0.5 - 0.4 * run.update / 9), 9)}
+        seen.clear()
+    settings = Settings(task="numberline", total_timesteps=512, temperature=0.5, temperature_end=0.1)
+    assert settings.temperature_at(0) == 0.5 and settings.temperature_at(1) == pytest.approx(0.1)     # one update
+    command = ["--task", "numberline", "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "16", "--rank", "2",
+               "--max-new-tokens", "5", "--eval-episodes", "4", "--temperature-end", "0.25"]
+    train.main([*command, "--out", str(tmp_path / "run")])
+    card_says = (checkpoint.newest_checkpoint(tmp_path / "run") / "README.md").read_text()
+    assert "--temperature-end 0.25" in card_says and "--temperature 0.25" in card_says
+    policy, found = players.open_run(tmp_path / "run")
+    assert policy.temperature == found["temperature"] == pytest.approx(0.25) == seen[-1]
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    del stored["temperature_end"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    assert players.open_run(tmp_path / "run")[0].temperature == 0.5
+
+
+def test_advantages_below_0_may_weigh_less(shipped):
+    """Computed beside: the same rollout, once with the weight 1 and once with 0.25."""
+    runs = [make_run(shipped, "blackjack", negative_weight=weight) for weight in (1.0, 0.25)]
+    plain, weighed = (play_out(run).advantages for run in runs)
+    assert (plain < 0).any() and (plain > 0).any() and plain.mean().abs() < 1e-6
+    assert weighed.tolist() == [a if a >= 0 else 0.25 * a for a in plain.tolist()]
+
+
+def test_what_is_kept_of_won_games():
+    """Two games over two rollouts, by hand: one is won across both, without its punished step; one is lost, then won."""
+    won = imitation.WonGames(2)
+    rewards = [torch.tensor([[0.0, 0.0], [-1.0, -1.0]]), torch.tensor([[10.0, 0.0], [0.0, 10.0]])]
+    ended = [torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
+    for r in range(2):
+        names = [f"rollout {r} step {t} game {n}" for t in range(2) for n in range(2)]
+        won.add(SimpleNamespace(rewards=rewards[r], terminated=ended[r], truncated=torch.zeros(2, 2),
+                                states=names, responses=names))
+        if r == 0:
+            assert not won.kept and [len(waiting) for waiting in won.waiting] == [1, 0]
+            again = imitation.WonGames(2)
+            again.set_state(json.loads(json.dumps(won.get_state())))            # as through a checkpoint
+            assert again.get_state() == won.get_state()
+    assert [state for state, _ in won.kept] == ["rollout 0 step 0 game 0", "rollout 1 step 0 game 0",
+                                                "rollout 1 step 0 game 1", "rollout 1 step 1 game 1"]
+    assert won.waiting == [[["rollout 1 step 1 game 0"] * 2], []]
+    won.add(SimpleNamespace(rewards=torch.ones(1, 2), terminated=torch.zeros(1, 2), truncated=torch.ones(1, 2),
+                            states=["a", "b"], responses=["a", "b"]))
+    assert len(won.kept) == 4 and won.waiting == [[], []]                       # time was up: not won
+
+
+def test_imitation_makes_won_answers_likelier(shipped):
+    """By transformers' own loss as well; V, its optimiser and the games stay as they are."""
+    run = make_run(shipped, "ezpoints", imitation=2, minibatch_size=8, num_steps=6)
+    none = imitation.imitate(run.policy, run.optimizer, run.won, run.games[0], run.settings, run.shuffling)
+    assert none == {"won_answers": 0, "imitation_loss": None}
+    rollout = play_out(run)
+    run.won.add(rollout)
+    kept = [rollout.states.index(state) for state, _ in run.won.kept]
+    assert 16 <= len(kept) < len(rollout.states) and all(rollout.rewards.view(-1)[i] >= 0 for i in kept)
+    score = lambda: run.policy.logprobs([rollout.prompts[i] for i in kept],
+                                        [rollout.responses[i] for i in kept])[0].sum().item()
+    before, states = score(), [game.get_state() for game in run.games]
+    head = copy.deepcopy(run.policy.value_head.state_dict())
+    found = imitation.imitate(run.policy, run.optimizer, run.won, run.games[0], run.settings, run.shuffling)
+    assert found["won_answers"] == len(kept) and found["imitation_loss"] > 0 and score() > before
+    assert [game.get_state() for game in run.games] == states
+    assert all(torch.equal(head[name], now) for name, now in run.policy.value_head.state_dict().items())
+    assert not any(run.optimizer.state[p] for p in run.optimizer.param_groups[1]["params"])
+
+
+def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
+    command = ["--task", "ezpoints", "--num-envs", "16", "--num-steps", "6", "--total-timesteps", "384", "--rank", "2",
+               "--minibatch-size", "16", "--update-epochs", "1", "--eval-episodes", "0", "--imitation", "2",
+               "--negative-weight", "0.5", "--temperature-end", "0.2"]
+    train.main([*command, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "save", stop_at(2, checkpoint.save))
+        with pytest.raises(SystemExit, match="--resume"):
+            train.main([*command, "--out", str(tmp_path / "stopped")])
+    train.main([*command, "--out", str(tmp_path / "stopped"), "--resume"])
+    one, other = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
+    assert one == other
+    rows = recorded.metrics(tmp_path / "whole")
+    assert rows[-1]["won_answers"] > rows[0]["won_answers"] > 16 and rows[-1]["imitation_loss"] > 0
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "process0.json"):
+        one, other = ((checkpoint.newest_checkpoint(tmp_path / name) / file).read_bytes()
+                      for name in ("whole", "stopped"))
+        assert one == other
 
 
 def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):

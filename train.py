@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from env import make_game
 from eval import at_most, evaluate
+from imitation import WonGames, imitate
 from players import model_player
 from plumbing import parallel
 from plumbing.checkpoint import append_line, checkpoints, claim, keep_lines, load, locked, save, write_whole
@@ -64,6 +65,7 @@ class Run:
         self.games = [make_game(settings.task, **settings.world) for _ in range(share)]
         for game, seed in zip(self.games, deals[rank * share:]):
             game.reset(seed=seed + 2**31)                       # above every held-out seed
+        self.won = WonGames(share) if settings.imitation else None
 
 
 def train(run, folder, checkpoint=None):
@@ -77,13 +79,16 @@ def train(run, folder, checkpoint=None):
     with tqdm(total=total, initial=run.update * settings.batch_size, unit="step", desc=settings.task,
               disable=True if parallel.rank() else None) as bar:
         while run.update < settings.num_updates:
-            set_learning_rates(run)
+            anneal(run)
             begun = time.perf_counter()
             rollout = collect(policy, run.games, settings, run.sampling, run.fallback, bar.update)      # play
             score_rollout(policy, rollout, settings)                                                    # score
             add_advantages(policy, rollout, settings)                                                   # advantages
             collected = time.perf_counter()
             learned = ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)               # update
+            if run.won:
+                run.won.add(rollout)
+                learned |= imitate(policy, run.optimizer, run.won, run.games[0], settings, run.shuffling)
             run.update += 1
             spent = (collected - begun, time.perf_counter() - collected)
             metrics, sample = record(run, folder, rollout, learned, spent)                              # record
@@ -111,12 +116,13 @@ def begin(run, folder, checkpoint):
         save(run, folder)
 
 
-def set_learning_rates(run):
-    """Each group's rate falls on a cosine to lr_end over the run's updates, one step an update.
+def anneal(run):
+    """Each group's learning rate falls on a cosine to lr_end over the run's updates, the temperature on a line.
 
-    The last update is one step short of the end, so lr_end itself is reached after it.
+    The last update is one step short of the cosine's end, so lr_end itself is reached after it.
     """
     settings = run.settings
+    run.policy.temperature = settings.temperature_at(run.update)
     done = min(1.0, run.update / settings.num_updates)
     for group, start in zip(run.optimizer.param_groups, (settings.lr, settings.value_lr)):
         group["lr"] = settings.lr_end + (start - settings.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
@@ -168,7 +174,7 @@ def printable(text: str) -> str:
 
 
 def held_out(run, when, path):
-    """Evaluate the policy on held-out deals, with the run's own temperature; write, print and return the result."""
+    """Evaluate the policy on held-out deals, with the temperature that it has by now; write, print and return it."""
     settings = run.settings
     if parallel.rank() or not settings.eval_episodes:
         return None
@@ -177,6 +183,7 @@ def held_out(run, when, path):
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if (result.get("episodes"), result.get("seed")) != asked:       # one that fits is this very policy's
         parallel.say(f"playing {asked[0]} held-out games (--eval-episodes) …")
+        run.policy.temperature = settings.temperature_at(run.update)
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
         with tqdm(total=asked[0], unit="game", desc="held out", disable=None, leave=False) as bar:

@@ -8,6 +8,7 @@ checkpoint, so between them it has the last rollout's. No clock, and nothing of 
 resumed writes the same bytes. Does not handle: whole models (sft.py --full), adapters of other programs.
 """
 
+import dataclasses
 import json
 import shlex
 from dataclasses import fields
@@ -67,7 +68,8 @@ def write_run_card(run, folder, part):
             "success after RL": "in the run folder's eval.json, which is written after the last checkpoint"
                                 if settings.eval_episodes else "not measured"}
     title = f"LoRA adapters that play {settings.task}, trained by PPO on the game's reward"
-    _write(part, title, "train.py", settings, run.policy.base_name, is_small(run.policy.model.config), rows)
+    now = dataclasses.replace(settings, temperature=settings.temperature_at(run.update))
+    _write(part, title, "train.py", settings, run.policy.base_name, is_small(run.policy.model.config), rows, now)
 
 
 def write_lesson_card(settings, loaded, part):
@@ -77,7 +79,8 @@ def write_lesson_card(settings, loaded, part):
     _write(part, title, "sft.py", settings, loaded.base, is_small(loaded.config), rows)
 
 
-def _write(part, title, script, settings, base, small, rows):
+def _write(part, title, script, settings, base, small, rows, playing=None):
+    """playing: settings with the temperature that the adapters are for, where these are not those of learning."""
     licence = LICENCES.get(base)
     on_the_hub = base not in SHIPPED and not Path(base).is_absolute()           # the hub refuses any other base_model
     place = str(Path("checkpoints", base)) if base in SHIPPED else base
@@ -92,7 +95,7 @@ def _write(part, title, script, settings, base, small, rows):
     task = ["--task", settings.task]
     command = ["python", script, *task, "--model", settings.model,
                *_flags(settings, [entry.name for entry in fields(settings)], small)]
-    evaluate = ["python", "eval.py", *task, "--model", "FOLDER", *_flags(settings, PLAYING, small)]
+    evaluate = ["python", "eval.py", *task, "--model", "FOLDER", *_flags(playing or settings, PLAYING, small)]
     (part / "README.md").write_text(CARD.format(
         front="\n".join(front), title=title, rows="\n".join(f"| {name} | {said} |" for name, said in rows.items()),
         command=shlex.join(command), evaluate=shlex.join(evaluate), base=place), encoding="utf-8")

@@ -168,7 +168,8 @@ def save(run, folder):
               part / f"generators{parallel.rank()}.safetensors")
     (part / f"process{parallel.rank()}.json").write_text(json.dumps({
         "update": run.update, "device": run.policy.device.type, "processes": parallel.size(),
-        "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games]}))
+        "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games],
+        "won": run.won and run.won.get_state()}))
     parallel.wait()
     if parallel.rank() == 0:
         write_manifest(part, run.policy.base_hash, run.settings)
@@ -195,6 +196,8 @@ def load(run, checkpoint):
     with foreign(checkpoint):                               # such as the data set's files, which may be others now
         for game, state in zip(run.games, stored["games"]):
             game.set_state(state)
+        if run.won:
+            run.won.set_state(stored["won"])
     run.checkpoint = checkpoint
     for older in checkpoints(checkpoint.parent)[:-1] if parallel.rank() == 0 else ():
         manifest = older / "manifest.json"                  # a kill may have left this run's; a stranger's stays

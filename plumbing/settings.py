@@ -24,6 +24,8 @@ REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack"
 # Other defaults on ALFWorld: λ and the steps in all are the paper's; games are slower there, and longer.
 TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "total_timesteps": 5_000, "num_envs": 32, "num_steps": 16,
                               "eval_episodes": 100}}
+# What only the pocket model has other defaults for: the large ones' are the paper's, and were not tried otherwise.
+POCKET_DEFAULTS = {}
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")      # settings of ALFWorld alone
 
 
@@ -94,6 +96,7 @@ class Settings(ModelSettings):
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
+    temperature_end: float = setting(None, "the last update's, reached in even steps (the same)")
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all")
     num_envs: int = setting(64, "games side by side")
@@ -108,6 +111,9 @@ class Settings(ModelSettings):
     reward_scale: float = setting(None, "of what GAE sees (formula games: 0.1, alfworld: 0.02, else 1; paper: 1)")
     advantage_floor: float = setting(None, "advantages are divided by their standard deviation, by this at least",
                                      small=1.0, large=0.0)
+    negative_weight: float = setting(None, "of advantages below 0 (1, which is PPO)")
+    imitation: int = setting(None, "minibatches of the run's own won games that are learned again after each update "
+                             "(0; imitation.py)")
     clip_coef: float = setting(0.1, "ε of the ratio")
     update_epochs: int = setting(4, "passes over a rollout")
     minibatch_size: int = setting(128, "answers per optimiser step")
@@ -139,20 +145,25 @@ class Settings(ModelSettings):
     def num_updates(self):
         return self.total_timesteps // self.batch_size
 
+    def temperature_at(self, update):
+        """The temperature of an update, counted from 0, and of what is played after the last one."""
+        done = min(1.0, update / max(1, self.num_updates - 1))
+        return self.temperature + (self.temperature_end - self.temperature) * done
+
     def problem(self):
         for name in ("total_timesteps", "num_steps", "num_envs", "update_epochs", "minibatch_size", "save_every",
                      "max_new_tokens"):
             if getattr(self, name) < 1:
                 return f"{_flag(name)} must be 1 or more"
-        for name in ("cot_lambda", "gamma", "gae_lambda", "clip_coef"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("cot_lambda", "gamma", "gae_lambda", "clip_coef", "negative_weight"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 return f"{_flag(name)} must lie between 0 and 1"
-        for name in ("lr", "value_lr", "lr_end", "rank", "temperature", "micro_batch_size", "play_batch_size",
-                     "reward_scale", "max_grad_norm"):
+        for name in ("lr", "value_lr", "lr_end", "rank", "temperature", "temperature_end", "micro_batch_size",
+                     "play_batch_size", "reward_scale", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 return f"{_flag(name)} must be above 0"
         for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "sft_steps",
-                     "gradient_checkpointing"):
+                     "gradient_checkpointing", "imitation"):
             if (getattr(self, name) or 0) < 0:
                 return f"{_flag(name)} must not be negative"
         if self.batch_size < 2:
@@ -192,8 +203,12 @@ def fill_in(settings, small):
     for entry in fields(settings):
         if getattr(settings, entry.name) is None and entry.metadata["by_size"]:
             setattr(settings, entry.name, default_of(type(settings), entry.name, small))
-    if getattr(settings, "reward_scale", 1) is None:
-        settings.reward_scale = REWARD_SCALE[settings.task]
+    if isinstance(settings, Settings):
+        own = {"temperature_end": settings.temperature, "negative_weight": 1.0, "imitation": 0,
+               "reward_scale": REWARD_SCALE[settings.task]} | (POCKET_DEFAULTS.get(settings.task, {}) if small else {})
+        for name, value in own.items():
+            if getattr(settings, name) is None:
+                setattr(settings, name, value)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
