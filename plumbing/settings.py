@@ -25,7 +25,7 @@ REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack"
 TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "total_timesteps": 5_000, "num_envs": 32, "num_steps": 16,
                               "eval_episodes": 100}}
 # What only the pocket model has other defaults for: the large ones' are the paper's, and were not tried otherwise.
-POCKET_DEFAULTS = {}
+POCKET_DEFAULTS = {"points24": {"temperature_end": 0.1, "negative_weight": 0.25, "imitation": 8}}
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")      # settings of ALFWorld alone
 
 
@@ -96,7 +96,7 @@ class Settings(ModelSettings):
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
-    temperature_end: float = setting(None, "the last update's, reached in even steps (the same)")
+    temperature_end: float = setting(None, "the last update's, reached in even steps [as at first]")
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all")
     num_envs: int = setting(64, "games side by side")
@@ -111,9 +111,9 @@ class Settings(ModelSettings):
     reward_scale: float = setting(None, "of what GAE sees (formula games: 0.1, alfworld: 0.02, else 1; paper: 1)")
     advantage_floor: float = setting(None, "advantages are divided by their standard deviation, by this at least",
                                      small=1.0, large=0.0)
-    negative_weight: float = setting(None, "of advantages below 0 (1, which is PPO)")
+    negative_weight: float = setting(None, "of advantages below 0 [1, which is PPO]")
     imitation: int = setting(None, "minibatches of the run's own won games that are learned again after each update "
-                             "(0; imitation.py)")
+                             "(imitation.py) [0]")
     clip_coef: float = setting(0.1, "ε of the ratio")
     update_epochs: int = setting(4, "passes over a rollout")
     minibatch_size: int = setting(128, "answers per optimiser step")
@@ -251,6 +251,8 @@ def _help(entry):
         default = f"{by_size['small']} pocket, {by_size['large']} else"
     own = "".join(f"; {task}: {values[entry.name]}" for task, values in TASK_DEFAULTS.items() if entry.name in values)
     text = entry.metadata["help"] + ("" if default is None else f" [{default}{own}]")
+    text += "".join(f" [pocket's {task}: {values[entry.name]}]" for task, values in POCKET_DEFAULTS.items()
+                    if entry.name in values)
     return text.replace("%", "%%")                          # argparse formats it
 
 
