@@ -69,6 +69,7 @@ from env import GAMES
 from extras import (
     bench,
     features,
+    plans,
     plot,
     pocket,
     pocket_alfworld,
@@ -1691,6 +1692,22 @@ def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkey
         one, other = ((checkpoint.newest_checkpoint(tmp_path / name) / file).read_bytes()
                       for name in ("whole", "stopped"))
         assert one == other
+
+
+def test_what_written_plans_are_worth(capsys):
+    """Followed to the letter, a right plan wins and a wrong one loses; tries are counted per set of numbers."""
+    game = GAMES["ezpoints"]()
+    say = {"right": lambda info: "".join(expert.continuations("ezpoints", info)[0]), "wrong": lambda info: "="}
+    for plan, wins in (("right", 1.0), ("wrong", 0.0)):
+        def player(games, pictures, infos, plan=plan):
+            return [playing.Choice("1", 0, True, f"Now '' then '{say[plan](info)}'. I choose 1.") for info in infos]
+        assert evaluation.evaluate(plans.following(player), "ezpoints", 20, 0)["success"] == wins
+    plans.main(["--task", "ezpoints", "--model", "pocket", "--temperature", "0.2", "--episodes", "8", "--tries", "3"])
+    found = json.loads(capsys.readouterr().out)
+    dealt = {tuple(sorted(game.reset(seed=seed)[1]["numbers"])) for seed in range(10_000, 10_008)}
+    assert found["first_plan"]["sets"] == len(dealt) and found["first_plan"]["tries"] == 3
+    assert found["temperature"] == 0.2 and 0.9 <= found["first_plan"]["right"] <= found["first_plan"]["right_once"]
+    assert found["followed"]["success"] > 0.9                               # its plans are right, at 0.5 it wins 26 %
 
 
 def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
@@ -3544,7 +3561,7 @@ PARSERS = {"train.py": lambda: run_settings.make_parser(Settings), "eval.py": ev
            "-m extras.features": lambda: run_settings.make_parser(features.FeatureSettings),
            "-m extras.pocket_alfworld": pocket_alfworld.make_parser,
            "-m extras.bench": bench.make_parser, "-m extras.speed_ablation": speed_ablation.make_parser,
-           "-m extras.serve": serve.make_parser, "-m extras.plot": plot.make_parser}
+           "-m extras.serve": serve.make_parser, "-m extras.plot": plot.make_parser, "-m extras.plans": plans.make_parser}
 PAGES = ("README.md", "results/README.md", "results/tried/README.md", "extras/README.md")
 
 

@@ -22,13 +22,14 @@ def draw_curves(path):
     """One panel a game: with and without chain of thought over training, the paper's lines as dashes."""
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
     for axes, (task, paper) in zip(panels, PAPER.items()):
-        for variant, start, label, color in (("", "start", "RL", "tab:blue"),
+        for variant, start, label, color in (("", "start", "RL", "tab:blue"), ("plain", "start", "PPO alone", "tab:purple"),
                                              ("no-cot", "start-no-cot", "RL without CoT", "tab:red")):
             folders = runs(task, variant)
+            axes.plot([], [], color=color, label=label)
             if not folders:
                 continue
             steps, success = curves(folders)
-            axes.plot(steps, np.nanmean(success, 0), color=color, label=label)
+            axes.plot(steps, np.nanmean(success, 0), color=color)
             axes.fill_between(steps, np.nanmin(success, 0), np.nanmax(success, 0), color=color, alpha=0.2, linewidth=0)
             axes.plot([0], [baseline(task, start)], "o", color=color, markersize=4)
             axes.plot([steps[-1]] * len(folders), finals(folders), "o", color=color, markersize=4)
@@ -42,7 +43,7 @@ def draw_curves(path):
         axes.plot([], [], ":", color="tab:green", label="this model before it was weakened")
         axes.set(title=task, xlabel="environment steps", ylim=(0, 104 if CEILING[task] > 50 else 60))
     panels[0].set_ylabel("success, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=7)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -47,6 +47,15 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is n
     echo "$name done"
 }
 
+plans() {   # plans NAME ARGUMENTS…: what the written plans of Points24 are worth
+    local name=$1; shift
+    [ -f "results/baselines/$name.json" ] && return
+    mkdir -p runs
+    python -m extras.plans "$@" --out "results/baselines/$name.json" > "runs/$name.log" 2>&1 ||
+        { echo "$name failed: runs/$name.log"; return 1; }
+    echo "$name done"
+}
+
 best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning on the expert's own labels, RL from there
     local name=$1 games=$2 steps=$3 task=${1%%-*}; shift 3
     local begun=$SECONDS start="runs/$task-best-sft" more=""
@@ -79,7 +88,8 @@ family() {   # family NAME GAMES FAMILY ARGUMENTS…: RL on a pocket model of an
 }
 
 runs() {
-    local task seed cot_lambda setting
+    local task seed cot_lambda setting temperature
+    local plain="--negative-weight 1 --imitation 0 --temperature-end"       # PPO alone, and a temperature to stay at
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=500)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
     # what is not trained
@@ -91,11 +101,20 @@ runs() {
         echo evaluate $task-start-no-cot ${games[$task]} --task $task --model pocket --no-cot
     done
     # the main table
-    for seed in 1 2 3; do
+    for seed in 1 2 3 4 5; do
         for task in blackjack points24 numberline ezpoints; do
             echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
         done
     done
+    # Points24 without what is ours there; and its start at the temperature where the others end
+    for seed in 1 2 3; do
+        echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed $plain 0.5
+    done
+    echo evaluate points24-start-temperature-0.1 1000 --task points24 --model pocket --temperature 0.1
+    for temperature in 0.5 0.1; do
+        echo plans points24-plans-start-temperature-$temperature --model pocket --temperature $temperature
+    done
+    echo plans points24-plans-seed1 --run runs/points24-seed1           # after its run: its checkpoint is not kept here
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
         for player in random heuristic expert; do
@@ -121,7 +140,7 @@ runs() {
     # without chain of thought
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
-            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed
+            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed $plain 0.5
         done
     done
     # the weight of the thoughts; 0.5 is in the main table
@@ -134,7 +153,7 @@ runs() {
         echo train blackjack-lambda-$cot_lambda-seed1 10000 --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
     done
     # best effort: taught the expert's own labels first, up to an hour a game
-    echo best points24-best-seed1 1000 3000 --seed 1
+    echo best points24-best-seed1 1000 3000 --seed 1 $plain 0.5
     echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
     # frozen vision features and an MLP over the actions
     for seed in 1 2 3; do
@@ -145,11 +164,13 @@ runs() {
     # one setting at a time; the settings were chosen before, on training curves (results/README.md)
     for task in points24 blackjack; do
         for setting in "lr 1e-4" "lr 4e-4" "temperature 0.3" "temperature 0.8" "rank 8" "rank 128"; do
-            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1
+            temperature=0.5
+            [ "${setting% *}" = temperature ] && temperature=${setting#* }
+            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1 $plain $temperature
         done
     done
 }
 
-export -f train features learn finish evaluate best family
+export -f train features learn finish evaluate plans best family
 mkdir -p results/baselines
 runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'

@@ -1,0 +1,93 @@
+"""What the plans in the thoughts of a formula game are worth, whatever is then played.
+
+    python -m extras.plans --task points24 --model pocket --temperature 0.1
+    python -m extras.plans --task points24 --run runs/points24-seed1 --out plans.json
+
+Two measures on held-out deals. `followed`: eval.py's result where every plan is followed to the letter: what the same
+thoughts would win. `first_plan`: the plan of each solvable set of numbers before the first symbol, tried several times:
+its mean share of right ones, and the share of sets for which one try at least is right: what exploration can find.
+Prints them as one JSON object. Does not handle: how a game was lost (games/statistics.py).
+"""
+
+import argparse
+import json
+
+import torch
+from tqdm import tqdm
+
+from env import make_game
+from eval import evaluate
+from games.expert import continuations, plan_right, planned
+from games.statistics import rate
+from parse import json_closed, make_prompt
+from players import model_player, open_policy, open_run
+from plumbing.checkpoint import write_whole
+from plumbing.errors import in_words
+
+
+def following(player):
+    """A player that plays the first symbol of the plan that its model wrote; without one, what the model chose."""
+    def play(games, pictures, infos):
+        choices = []
+        for game, choice in zip(games, player(games, pictures, infos)):
+            plan, legal = planned(choice.text), list(game.legal_actions())
+            if plan and plan[0] in legal:
+                choice = choice._replace(action=plan[0], index=legal.index(plan[0]))
+            choices.append(choice)
+        return choices
+
+    return play
+
+
+def first_plans(policy, task, deals, seed, tries):
+    """{sorted numbers: [whether each try's plan is right]}, of the solvable ones among some deals, each set once."""
+    game, shown = make_game(task), {}
+    for deal in range(seed, seed + deals):
+        picture, info = game.reset(seed=deal)
+        if continuations(task, info):
+            shown.setdefault(tuple(sorted(info["numbers"])), (picture, make_prompt(game, info), info))
+    prompts = policy.encode([picture for picture, _, _ in shown.values()], [text for _, text, _ in shown.values()])
+    generator, right = torch.Generator(policy.device).manual_seed(seed), {numbers: [] for numbers in shown}
+    for _ in tqdm(range(tries), desc="first plans", disable=None):
+        answers = [answer for k in range(0, len(prompts), 64)
+                   for answer in policy.generate(prompts[k:k + 64], generator, 256, json_closed)]
+        for numbers, answer in zip(shown, answers):
+            right[numbers].append(plan_right(planned(policy.decode(answer)), shown[numbers][2]))
+    return right
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="points24", choices=("ezpoints", "points24"))
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--run", help="a run folder of train.py, at the temperature that it ended with")
+    who.add_argument("--model", help="pocket, a hub name or a folder, as it is before RL")
+    parser.add_argument("--temperature", type=float, help="of --model [as for RL]")
+    parser.add_argument("--episodes", type=int, default=500)
+    parser.add_argument("--tries", type=int, default=12, help="at each first plan")
+    parser.add_argument("--seed", type=int, default=10_000, help="deal k is this + k")
+    parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
+    return parser
+
+
+def main(arguments=None):
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.run and options.temperature:
+        parser.error("--temperature is for --model: a run has its own")
+    with in_words():
+        policy = (open_run(options.run)[0] if options.run else
+                  open_policy(options.model, temperature=options.temperature, task=options.task)[0])
+        followed = evaluate(following(model_player(policy, options.seed)), options.task, options.episodes, options.seed)
+        tries = first_plans(policy, options.task, options.episodes, options.seed, options.tries).values()
+    shares = {"sets": len(tries), "tries": options.tries, "right": rate(right for own in tries for right in own),
+              "right_once": rate(any(own) for own in tries)}
+    result = json.dumps({"policy": options.run or options.model, "temperature": policy.temperature,
+                         "followed": followed, "first_plan": shares})
+    if options.out:
+        write_whole(options.out, result + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
