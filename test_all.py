@@ -1674,6 +1674,23 @@ def test_imitation_makes_won_answers_likelier(shipped):
     assert not any(run.optimizer.state[p] for p in run.optimizer.param_groups[1]["params"])
 
 
+def test_processes_imitate_equally_often(shipped, monkeypatch):
+    """Each takes as many steps as the one that has kept the fewest; a minibatch is shared out among them."""
+    run, asked = make_run(shipped, "numberline", imitation=3, minibatch_size=8), []
+    rollout = play_out(run)
+    run.won.kept.extend(zip(rollout.states, rollout.responses))
+    monkeypatch.setattr(run.policy, "encode_answers", None)             # sampled ids are learned, not the text's
+    monkeypatch.setattr(run.optimizer, "step", lambda: asked.append(0))
+    for other, steps in ((None, 3), (0, 0), (2, 2)):
+        if other is not None:
+            monkeypatch.setattr(parallel, "size", lambda: 2)
+            monkeypatch.setattr(parallel, "concat", lambda mine, other=other: torch.cat([mine, torch.tensor([other])]))
+            monkeypatch.setattr(parallel, "average", lambda parameters, losses: None)
+        imitation.imitate(run.policy, run.optimizer, run.won, run.games[0], run.settings, run.shuffling)
+        assert len(asked) == steps
+        asked.clear()
+
+
 def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
     command = ["--task", "ezpoints", "--num-envs", "16", "--num-steps", "6", "--total-timesteps", "384", "--rank", "2",
                "--minibatch-size", "16", "--update-epochs", "1", "--eval-episodes", "0", "--imitation", "2",
