@@ -25,7 +25,7 @@ REWARD_SCALE = {"numberline": 1.0, "ezpoints": 0.1, "points24": 0.1, "blackjack"
 TASK_DEFAULTS = {"alfworld": {"cot_lambda": 0.2, "total_timesteps": 5_000, "num_envs": 32, "num_steps": 16,
                               "eval_episodes": 100}}
 # What only the pocket model has other defaults for: the large ones' are the paper's, and were not tried otherwise.
-POCKET_DEFAULTS = {"points24": {"temperature_end": 0.1, "negative_weight": 0.25, "imitation": 8}}
+POCKET_DEFAULTS = {"points24": {"temperature": 0.3, "temperature_end": 0.1, "negative_weight": 0.25, "imitation": 8}}
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")      # settings of ALFWorld alone
 
 
@@ -200,13 +200,15 @@ def take_up(settings, adapters):
 
 def fill_in(settings, small):
     """Give what was not chosen the defaults of the model's size and of the game."""
-    for entry in fields(settings):
-        if getattr(settings, entry.name) is None and entry.metadata["by_size"]:
-            setattr(settings, entry.name, default_of(type(settings), entry.name, small))
+    values = dict(POCKET_DEFAULTS.get(settings.task, {}) if small else {})
+    values |= {entry.name: default_of(type(settings), entry.name, small) for entry in fields(settings)
+               if entry.metadata["by_size"] and entry.name not in values}
+    for name, value in values.items():
+        if getattr(settings, name, 0) is None:              # a course of supervised learning has not all of them
+            setattr(settings, name, value)
     if isinstance(settings, Settings):
-        own = {"temperature_end": settings.temperature, "negative_weight": 1.0, "imitation": 0,
-               "reward_scale": REWARD_SCALE[settings.task]} | (POCKET_DEFAULTS.get(settings.task, {}) if small else {})
-        for name, value in own.items():
+        for name, value in {"temperature_end": settings.temperature, "negative_weight": 1.0, "imitation": 0,
+                            "reward_scale": REWARD_SCALE[settings.task]}.items():
             if getattr(settings, name) is None:
                 setattr(settings, name, value)
 
