@@ -57,11 +57,14 @@ def mean_interval(values):
 
 
 def shown(values):
-    """"mean ± half (n)" of percentages, with as many seeds as there are; "–" where there is none."""
+    """"mean ± half (n)" of percentages, with as many seeds as there are; "–" where there is none.
+
+    Without an interval below three seeds, where it says nothing: Student's factor for two is 12.7.
+    """
     if not values:
         return "–"
     mean, half = mean_interval(values)
-    spread = "" if half is None else f" ± {half:.1f}"
+    spread = f" ± {half:.1f}" if len(values) > 2 else ""
     return f"{mean:.1f}{spread}" + ("" if len(values) == 3 else f" ({len(values)})")
 
 

@@ -106,15 +106,17 @@ runs() {
             echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
         done
     done
-    # Points24 without what is ours there; and its start at the temperature where the others end
+    # Points24 without what is ours there; its start at the temperatures where the others begin and end
     for seed in 1 2 3; do
-        echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed $plain 0.5
+        echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed --temperature 0.5 $plain 0.5
     done
-    echo evaluate points24-start-temperature-0.1 1000 --task points24 --model pocket --temperature 0.1
+    for temperature in 0.3 0.1; do
+        echo evaluate points24-start-temperature-$temperature 1000 --task points24 --model pocket --temperature $temperature
+    done
     for temperature in 0.5 0.1; do
         echo plans points24-plans-start-temperature-$temperature --model pocket --temperature $temperature
     done
-    echo plans points24-plans-seed1 --run runs/points24-seed1           # after its run: its checkpoint is not kept here
+    echo plans points24-plans-seed2 --run runs/points24-seed2           # after its run: its checkpoint is not kept here
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
         for player in random heuristic expert; do
@@ -140,7 +142,7 @@ runs() {
     # without chain of thought
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
-            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed $plain 0.5
+            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed --temperature 0.5 $plain 0.5
         done
     done
     # the weight of the thoughts; 0.5 is in the main table
@@ -153,7 +155,7 @@ runs() {
         echo train blackjack-lambda-$cot_lambda-seed1 10000 --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
     done
     # best effort: taught the expert's own labels first, up to an hour a game
-    echo best points24-best-seed1 1000 3000 --seed 1 $plain 0.5
+    echo best points24-best-seed1 1000 3000 --seed 1 --temperature 0.5 $plain 0.5
     echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
     # frozen vision features and an MLP over the actions
     for seed in 1 2 3; do
@@ -164,9 +166,9 @@ runs() {
     # one setting at a time; the settings were chosen before, on training curves (results/README.md)
     for task in points24 blackjack; do
         for setting in "lr 1e-4" "lr 4e-4" "temperature 0.3" "temperature 0.8" "rank 8" "rank 128"; do
-            temperature=0.5
+            temperature=0.5                                     # a later --temperature counts
             [ "${setting% *}" = temperature ] && temperature=${setting#* }
-            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1 $plain $temperature
+            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --temperature 0.5 --$setting --seed 1 $plain $temperature
         done
     done
 }
