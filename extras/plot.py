@@ -82,7 +82,7 @@ def draw_losses(folder, path):
                    labels=("won", "lost: a right plan, not followed", "lost: a wrong plan"),
                    colors=("tab:green", "tab:orange", "tab:red"), alpha=0.8)
     axes.set(xlabel="environment steps", ylabel="solvable games, %", ylim=(0, 100), title=folder.name, xmargin=0)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
