@@ -1603,7 +1603,7 @@ def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_pat
     log_softmax = Policy._log_softmax
     monkeypatch.setattr(Policy, "_log_softmax", lambda self, hidden: (
         seen.append(self.temperature), log_softmax(self, hidden))[1])
-    for run.update in (0, 3, 9, 11):
+    for run.update in (3, 11):
         train.anneal(run)
         rollout = play_out(run)
         assert ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)["ratio_error"] == 0
@@ -1692,9 +1692,9 @@ def test_processes_imitate_equally_often(shipped, monkeypatch):
 
 
 def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
-    command = ["--task", "ezpoints", "--num-envs", "16", "--num-steps", "6", "--total-timesteps", "384", "--rank", "2",
-               "--minibatch-size", "16", "--update-epochs", "1", "--eval-episodes", "0", "--imitation", "2",
-               "--negative-weight", "0.5", "--temperature-end", "0.2"]
+    command = ["--task", "ezpoints", "--num-envs", "8", "--num-steps", "5", "--total-timesteps", "120", "--rank", "2",
+               "--minibatch-size", "8", "--update-epochs", "1", "--eval-episodes", "0", "--imitation", "1",
+               "--negative-weight", "0.5", "--temperature", "0.3", "--temperature-end", "0.2"]
     train.main([*command, "--out", str(tmp_path / "whole")])
     with monkeypatch.context() as stopped:
         stopped.setattr(train, "save", stop_at(2, checkpoint.save))
@@ -1704,7 +1704,7 @@ def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkey
     one, other = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
     assert one == other
     rows = recorded.metrics(tmp_path / "whole")
-    assert rows[-1]["won_answers"] > rows[0]["won_answers"] > 16 and rows[-1]["imitation_loss"] > 0
+    assert rows[-1]["won_answers"] > rows[0]["won_answers"] >= 8 and rows[-1]["imitation_loss"] > 0
     for file in ("adapter_model.safetensors", "optimizer.safetensors", "process0.json"):
         one, other = ((checkpoint.newest_checkpoint(tmp_path / name) / file).read_bytes()
                       for name in ("whole", "stopped"))
