@@ -5,9 +5,10 @@
     imitate(policy, optimizer, won, games[0], settings, generator)      # after its update
 
 PPO looks at an answer during one update and then throws it away. Where wins are rare and a deal comes back seldom
-(Points24: 566 sets of numbers that have a solution, some 1,800 games a run), what once won is forgotten before it is
-met again. So the answers of won games are kept, and drawn from at random; the loss is supervised learning's. After
-Oh et al., arXiv 1806.05635, whose weight max(0, return − V) is left out: what is kept was won.
+(Points24: 566 sets of numbers that have a solution, some 1,800 games a run), what once won may be forgotten before it
+is met again. So the answers of won games are kept, and drawn from at random; the loss is supervised learning's. After
+Oh et al., arXiv 1806.05635, whose weight max(0, return − V) is left out: what is kept was won. What it is worth is
+measured in results/README.md, "Points24: what was in the way".
 Does not handle: lost games, which only PPO learns from; the value head, which does not learn here.
 """
 
@@ -19,7 +20,7 @@ from parse import make_prompt
 from plumbing import parallel
 from ppo import prepare_step
 
-KEPT = 8192                 # answers, the newest: a run of 15,000 steps on Points24 wins with some 4,000
+KEPT = 8192                 # answers, the newest: a run of 15,000 steps on Points24 wins with some 5,000
 
 
 class WonGames:
@@ -33,6 +34,7 @@ class WonGames:
         self.waiting, self.kept = [[] for _ in range(games)], deque(maxlen=KEPT)
 
     def add(self, rollout):
+        """Take in a played rollout.Rollout, with the states of its games."""
         L, N = rollout.rewards.shape
         for t in range(L):
             for n in range(N):
@@ -42,7 +44,6 @@ class WonGames:
                     if rollout.terminated[t, n] and rollout.rewards[t, n] > 0:
                         self.kept.extend(self.waiting[n])
                     self.waiting[n] = []
-
 
     def get_state(self):
         return {"waiting": self.waiting, "kept": list(self.kept)}

@@ -1598,7 +1598,7 @@ def test_learning_rate_falls_and_stays_down(shipped):
 
 
 def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_path, monkeypatch):
-    """In rollouts, scores and held-out games alike; a run's evaluation knows it, also of a folder without the setting."""
+    """In rollouts, scores and held-out games alike; eval.py knows a run's, also of a folder without the setting."""
     run, seen = make_run(shipped, "numberline", temperature_end=0.1, total_timesteps=160, num_envs=8), []
     log_softmax = Policy._log_softmax
     monkeypatch.setattr(Policy, "_log_softmax", lambda self, hidden: (
@@ -1633,7 +1633,7 @@ def test_advantages_below_0_may_weigh_less(shipped):
 
 
 def test_what_is_kept_of_won_games():
-    """Two games over two rollouts, by hand: one is won across both, without its punished step; one is lost, then won."""
+    """Two games over two rollouts, by hand: one is won across both, without its punished step; one lost, then won."""
     won = imitation.WonGames(2)
     rewards = [torch.tensor([[0.0, 0.0], [-1.0, -1.0]]), torch.tensor([[10.0, 0.0], [0.0, 10.0]])]
     ended = [torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
@@ -3578,7 +3578,8 @@ PARSERS = {"train.py": lambda: run_settings.make_parser(Settings), "eval.py": ev
            "-m extras.features": lambda: run_settings.make_parser(features.FeatureSettings),
            "-m extras.pocket_alfworld": pocket_alfworld.make_parser,
            "-m extras.bench": bench.make_parser, "-m extras.speed_ablation": speed_ablation.make_parser,
-           "-m extras.serve": serve.make_parser, "-m extras.plot": plot.make_parser, "-m extras.plans": plans.make_parser}
+           "-m extras.serve": serve.make_parser, "-m extras.plot": plot.make_parser,
+           "-m extras.plans": plans.make_parser}
 PAGES = ("README.md", "results/README.md", "results/tried/README.md", "extras/README.md")
 
 

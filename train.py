@@ -86,7 +86,7 @@ def train(run, folder, checkpoint=None):
             add_advantages(policy, rollout, settings)                                                   # advantages
             collected = time.perf_counter()
             learned = ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)               # update
-            if run.won:
+            if run.won:                                                                 # and again, what was won
                 run.won.add(rollout)
                 learned |= imitate(policy, run.optimizer, run.won, run.games[0], settings, run.shuffling)
             run.update += 1

@@ -22,7 +22,8 @@ def draw_curves(path):
     """One panel a game: with and without chain of thought over training, the paper's lines as dashes."""
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
     for axes, (task, paper) in zip(panels, PAPER.items()):
-        for variant, start, label, color in (("", "start", "RL", "tab:blue"), ("plain", "start", "PPO alone", "tab:purple"),
+        for variant, start, label, color in (("", "start", "RL", "tab:blue"),
+                                             ("plain", "start", "PPO alone", "tab:purple"),
                                              ("no-cot", "start-no-cot", "RL without CoT", "tab:red")):
             folders = runs(task, variant)
             axes.plot([], [], color=color, label=label)

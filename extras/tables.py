@@ -221,7 +221,8 @@ def settings_tried():
     """One setting changed at a time, seed 1: success in training and in held-out games, an answer's entropy."""
     rows = []
     for task in ("points24", "blackjack"):
-        found = {"lr 2e-4, temperature 0.5, rank 32": (runs(task, "plain") or runs(task))[:1]} | {text: runs(task, text.replace(" ", "-")) for text in SEARCH}
+        found = {"lr 2e-4, temperature 0.5, rank 32": (runs(task, "plain") or runs(task))[:1]}
+        found |= {text: runs(task, text.replace(" ", "-")) for text in SEARCH}
         for name, folders in found.items():
             if not folders:
                 continue
