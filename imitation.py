@@ -20,7 +20,7 @@ from parse import make_prompt
 from plumbing import parallel
 from ppo import prepare_step
 
-KEPT = 8192                 # answers, the newest: a run of 15,000 steps on Points24 wins with some 5,000
+KEPT = 32_768               # answers, the newest: a run of 15,000 steps on Points24 wins with some 5,000
 
 
 class WonGames:
