@@ -3,9 +3,11 @@
     python -m extras.plans --task points24 --model pocket --temperature 0.1
     python -m extras.plans --task points24 --run runs/points24-seed1 --out plans.json
 
-Two measures on held-out deals. `followed`: eval.py's result where every plan is followed to the letter: what the same
+Measures on held-out deals. `followed`: eval.py's result where every plan is followed to the letter: what the same
 thoughts would win. `first_plan`: the plan of each solvable set of numbers before the first symbol, tried several times:
 its mean share of right ones, and the share of sets for which one try at least is right: what exploration can find.
+`by_experience`, of a run that kept its won games (imitation.py): the same on sets of numbers that it won while it
+learned, and on all others: what it learned by heart, and what it learned to do.
 Prints them as one JSON object. Does not handle: how a game was lost (games/statistics.py).
 """
 
@@ -18,10 +20,11 @@ from tqdm import tqdm
 from env import make_game
 from eval import evaluate
 from games.expert import continuations, plan_right, planned
+from games.formula import is_right
 from games.statistics import rate
 from parse import json_closed, make_prompt
 from players import model_player, open_policy, open_run
-from plumbing.checkpoint import write_whole
+from plumbing.checkpoint import newest_checkpoint, write_whole
 from plumbing.errors import in_words
 
 
@@ -56,6 +59,39 @@ def first_plans(policy, task, deals, seed, tries):
     return right
 
 
+def won_in_training(run, task) -> set:
+    """{sorted numbers} of all games that a run won and kept (imitation.py); empty without --imitation."""
+    game, found = make_game(task), set()
+    for file in newest_checkpoint(run).glob("process*.json"):
+        for state, _ in (json.loads(file.read_text(encoding="utf-8")).get("won") or {"kept": []})["kept"]:
+            game.set_state(state)
+            found.add(tuple(sorted(game.observe()[1]["numbers"])))
+    return found
+
+
+def by_experience(player, known, task, episodes, seed) -> dict:
+    """How solvable deals go whose sorted numbers are in `known`, and how the others: four shares each."""
+    decisions = {"won_in_training": [], "never_won": []}        # (info, choice, plan, whether it is right) on them
+
+    def watched(games, pictures, infos):
+        choices = player(games, pictures, infos)
+        for info, choice in zip(infos, choices):
+            if continuations(task, info | {"formula": []}):
+                group = "won_in_training" if tuple(sorted(info["numbers"])) in known else "never_won"
+                plan = planned(choice.text)
+                decisions[group].append((info, choice, plan, plan_right(plan, info)))
+        return choices
+
+    evaluate(watched, task, episodes, seed)
+    first = {group: [right for info, *_, right in own if not info["formula"]] for group, own in decisions.items()}
+    return {group: {"share_of_solvable_deals": len(first[group]) / max(1, sum(map(len, first.values()))),
+                    "won": sum(choice.action == "=" and is_right(info["formula"], info["numbers"], info["target"])
+                               for info, choice, *_ in own) / max(1, len(first[group])),
+                    "first_plan_right": rate(first[group]),
+                    "right_plan_followed": rate(plan[0] == choice.action for _, choice, plan, right in own if right)}
+            for group, own in decisions.items()}
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="points24", choices=("ezpoints", "points24"))
@@ -80,10 +116,14 @@ def main(arguments=None):
                   open_policy(options.model, temperature=options.temperature, task=options.task)[0])
         followed = evaluate(following(model_player(policy, options.seed)), options.task, options.episodes, options.seed)
         tries = first_plans(policy, options.task, options.episodes, options.seed, options.tries).values()
+        known = won_in_training(options.run, options.task) if options.run else set()
+        experience = by_experience(model_player(policy, options.seed), known, options.task, options.episodes,
+                                   options.seed) if known else None
     shares = {"sets": len(tries), "tries": options.tries, "right": rate(right for own in tries for right in own),
               "right_once": rate(any(own) for own in tries)}
     result = json.dumps({"policy": options.run or options.model, "temperature": policy.temperature,
-                         "followed": followed, "first_plan": shares})
+                         "followed": followed, "first_plan": shares, "sets_won": len(known),
+                         "by_experience": experience})
     if options.out:
         write_whole(options.out, result + "\n")
     print(result)
