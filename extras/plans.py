@@ -6,7 +6,7 @@
 Measures on held-out deals. `followed`: eval.py's result where every plan is followed to the letter: what the same
 thoughts would win. `first_plan`: the plan of each solvable set of numbers before the first symbol, tried several times:
 its mean share of right ones, and the share of sets for which one try at least is right: what exploration can find.
-`by_experience`, of a run that kept its won games (imitation.py): the same on sets of numbers that it won while it
+`by_experience`, where a run kept its won games (imitation.py): play on the sets of numbers that it won while it
 learned, and on all others: what it learned by heart, and what it learned to do.
 Prints them as one JSON object. Does not handle: how a game was lost (games/statistics.py).
 """
@@ -99,6 +99,7 @@ def make_parser():
     who.add_argument("--run", help="a run folder of train.py, at the temperature that it ended with")
     who.add_argument("--model", help="pocket, a hub name or a folder, as it is before RL")
     parser.add_argument("--temperature", type=float, help="of --model [as for RL]")
+    parser.add_argument("--won-by", metavar="RUN", help="by_experience by what this run won [--run itself]")
     parser.add_argument("--episodes", type=int, default=500)
     parser.add_argument("--tries", type=int, default=12, help="at each first plan")
     parser.add_argument("--seed", type=int, default=10_000, help="deal k is this + k")
@@ -116,7 +117,8 @@ def main(arguments=None):
                   open_policy(options.model, temperature=options.temperature, task=options.task)[0])
         followed = evaluate(following(model_player(policy, options.seed)), options.task, options.episodes, options.seed)
         tries = first_plans(policy, options.task, options.episodes, options.seed, options.tries).values()
-        known = won_in_training(options.run, options.task) if options.run else set()
+        teacher = options.won_by or options.run
+        known = won_in_training(teacher, options.task) if teacher else set()
         experience = by_experience(model_player(policy, options.seed), known, options.task, options.episodes,
                                    options.seed) if known else None
     shares = {"sets": len(tries), "tries": options.tries, "right": rate(right for own in tries for right in own),

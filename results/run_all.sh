@@ -116,7 +116,9 @@ runs() {
     for temperature in 0.5 0.1; do
         echo plans points24-plans-start-temperature-$temperature --model pocket --temperature $temperature
     done
-    echo plans points24-plans-seed2 --run runs/points24-seed2           # after its run: its checkpoint is not kept here
+    # after its run, whose checkpoint is not kept here; the start on the numbers that this run won
+    echo plans points24-plans-seed1 --run runs/points24-seed1
+    echo plans points24-plans-start-beside-seed1 --model pocket --temperature 0.1 --won-by runs/points24-seed1
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
         for player in random heuristic expert; do
