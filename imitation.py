@@ -5,7 +5,7 @@
     imitate(policy, optimizer, won, games[0], settings, generator)      # after its update
 
 PPO looks at an answer during one update and then throws it away. Where wins are rare and a deal comes back seldom
-(Points24: 566 sets of numbers that have a solution, some 1,800 games a run), what once won may be forgotten before it
+(Points24: 566 sets of numbers that have a solution, some 1,600 games a run), what once won may be forgotten before it
 is met again. So the answers of won games are kept, and drawn from at random; the loss is supervised learning's. After
 Oh et al., arXiv 1806.05635, whose weight max(0, return − V) is left out: what is kept was won. What it is worth is
 measured in results/README.md, "Points24: what was in the way".
@@ -26,8 +26,8 @@ KEPT = 32_768               # answers, the newest: a run of 15,000 steps on Poin
 class WonGames:
     """The answers of won games, each (the game's state before it, its token ids); plain JSON, so a checkpoint has it.
 
-    waiting: of each game in play its answers so far, for an episode may span rollouts. A step that was punished (a
-    number that is on no card) is left out: the game was won in spite of it.
+    waiting: of each game in play its answers so far, for an episode may span rollouts. Left out is what the game was
+    won in spite of: a step that was punished (a number that is on no card), an answer that named no action.
     """
 
     def __init__(self, games: int):
@@ -38,7 +38,7 @@ class WonGames:
         L, N = rollout.rewards.shape
         for t in range(L):
             for n in range(N):
-                if rollout.rewards[t, n] >= 0:
+                if rollout.rewards[t, n] >= 0 and rollout.choices[t * N + n].named:
                     self.waiting[n].append([rollout.states[t * N + n], rollout.responses[t * N + n]])
                 if rollout.terminated[t, n] or rollout.truncated[t, n]:
                     if rollout.terminated[t, n] and rollout.rewards[t, n] > 0:

@@ -19,7 +19,7 @@ from games.household import next_step
 from plumbing.checkpoint import newest_checkpoint
 from plumbing.errors import ModelError, foreign
 from plumbing.manifest import check
-from plumbing.settings import WORLD, Settings, default_of
+from plumbing.settings import WORLD, Settings, fill_in
 from policy import Policy
 from rollout import Choice, act
 from vlm.loading import is_small, open_model
@@ -98,14 +98,14 @@ def open_run(run):
 def open_policy(model="auto", bits="auto", temperature=None, task="blackjack"):
     """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
 
-    model, bits: as the flags of train.py; temperature: None for the default of the model's size; task: what "pocket"
-    and the plan of memory go by. ModelError where the model cannot be had, or its adapters are not for it.
+    model, bits: as the flags of train.py; temperature: None for the one that RL on `task` starts with; task: what
+    "pocket" and the plan of memory go by. ModelError where the model cannot be had, or its adapters are not for it.
     """
-    loaded = open_model(model, bits, Settings(task=task))
+    settings = Settings(task=task, temperature=temperature)
+    loaded = open_model(model, bits, settings)
     lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
-    if temperature is None:
-        temperature = default_of(Settings, "temperature", is_small(loaded.model.config))
-    policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
+    fill_in(settings, is_small(loaded.model.config))
+    policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature)
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     return policy, loaded.name

@@ -1624,6 +1624,17 @@ def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_pat
     assert players.open_run(tmp_path / "run")[0].temperature == 0.5
 
 
+def test_a_temperature_that_was_chosen_stays():
+    """The pocket model's Points24 has a falling one by default; what is given alone is constant."""
+    for small, chosen, expected in ((True, {}, (0.3, 0.1)), (True, {"temperature": 0.5}, (0.5, 0.5)),
+                                    (True, {"temperature": 0.5, "temperature_end": 0.2}, (0.5, 0.2)),
+                                    (True, {"temperature_end": 0.2}, (0.3, 0.2)), (False, {}, (0.2, 0.2))):
+        settings = Settings(task="points24", **chosen)
+        run_settings.fill_in(settings, small)
+        assert (settings.temperature, settings.temperature_end) == expected
+    assert [players.open_policy("pocket", task=task)[0].temperature for task in ("points24", "ezpoints")] == [0.3, 0.5]
+
+
 def test_advantages_below_0_may_weigh_less(shipped):
     """Computed beside: the same rollout, once with the weight 1 and once with 0.25."""
     runs = [make_run(shipped, "blackjack", negative_weight=weight) for weight in (1.0, 0.25)]
@@ -1633,25 +1644,27 @@ def test_advantages_below_0_may_weigh_less(shipped):
 
 
 def test_what_is_kept_of_won_games():
-    """Two games over two rollouts, by hand: one is won across both, without its punished step; one lost, then won."""
+    """Two games over two rollouts, by hand: one is won across both, without its punished step; one lost, then won,
+    without its answer that named no action."""
     won = imitation.WonGames(2)
     rewards = [torch.tensor([[0.0, 0.0], [-1.0, -1.0]]), torch.tensor([[10.0, 0.0], [0.0, 10.0]])]
     ended = [torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
     for r in range(2):
         names = [f"rollout {r} step {t} game {n}" for t in range(2) for n in range(2)]
+        choices = [SimpleNamespace(named=name != "rollout 1 step 0 game 1") for name in names]
         won.add(SimpleNamespace(rewards=rewards[r], terminated=ended[r], truncated=torch.zeros(2, 2),
-                                states=names, responses=names))
+                                states=names, responses=names, choices=choices))
         if r == 0:
             assert not won.kept and [len(waiting) for waiting in won.waiting] == [1, 0]
             again = imitation.WonGames(2)
             again.set_state(json.loads(json.dumps(won.get_state())))            # as through a checkpoint
             assert again.get_state() == won.get_state()
     assert [state for state, _ in won.kept] == ["rollout 0 step 0 game 0", "rollout 1 step 0 game 0",
-                                                "rollout 1 step 0 game 1", "rollout 1 step 1 game 1"]
+                                                "rollout 1 step 1 game 1"]
     assert won.waiting == [[["rollout 1 step 1 game 0"] * 2], []]
     won.add(SimpleNamespace(rewards=torch.ones(1, 2), terminated=torch.zeros(1, 2), truncated=torch.ones(1, 2),
-                            states=["a", "b"], responses=["a", "b"]))
-    assert len(won.kept) == 4 and won.waiting == [[], []]                       # time was up: not won
+                            states=["a", "b"], responses=["a", "b"], choices=choices))
+    assert len(won.kept) == 3 and won.waiting == [[], []]                       # time was up: not won
 
 
 def test_imitation_makes_won_answers_likelier(shipped):
@@ -3624,7 +3637,7 @@ def test_the_readmes_worked_step_is_true(shipped):
 
 def test_the_readmes_snippet_plays_and_scores_one_step():
     """The Python block runs as it stands, and its last line is worth what the comment beside it says."""
-    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    block = re.search(r"```python\n(.*?)```", (HERE / "extras" / "README.md").read_text(), re.S)[1]
     found = subprocess.run([sys.executable, "-c", block], cwd=HERE, capture_output=True, text=True, check=True).stdout
     for line in found.splitlines():
         assert line.removeprefix("{") in block.split("# {")[1], line

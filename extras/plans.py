@@ -3,9 +3,10 @@
     python -m extras.plans --task points24 --model pocket --temperature 0.1
     python -m extras.plans --task points24 --run runs/points24-seed1 --out plans.json
 
-Measures on held-out deals. `followed`: eval.py's result where every plan is followed to the letter: what the same
-thoughts would win. `first_plan`: the plan of each solvable set of numbers before the first symbol, tried several times:
-its mean share of right ones, and the share of sets for which one try at least is right: what exploration can find.
+Measures on held-out deals. `followed`: eval.py's result where what is played is always the first symbol of the plan
+just written (each step has a new one): what the same thoughts would win. `first_plan`: the plan of each solvable set of
+numbers before the first symbol, tried several times: its mean share of right ones, and the share of sets for which one
+try at least is right: what exploration can find.
 `by_experience`, where a run kept its won games (imitation.py): play on the sets of numbers that it won while it
 learned, and on all others: what it learned by heart, and what it learned to do.
 Prints them as one JSON object. Does not handle: how a game was lost (games/statistics.py).
@@ -25,7 +26,7 @@ from games.statistics import rate
 from parse import json_closed, make_prompt
 from players import model_player, open_policy, open_run
 from plumbing.checkpoint import newest_checkpoint, write_whole
-from plumbing.errors import in_words
+from plumbing.errors import ModelError, in_words
 
 
 def following(player):
@@ -71,24 +72,24 @@ def won_in_training(run, task) -> set:
 
 def by_experience(player, known, task, episodes, seed) -> dict:
     """How solvable deals go whose sorted numbers are in `known`, and how the others: four shares each."""
-    decisions = {"won_in_training": [], "never_won": []}        # (info, choice, plan, whether it is right) on them
+    decisions = {"won_in_training": [], "never_won": []}        # (info, choice, plan, whether right, whether the first)
 
     def watched(games, pictures, infos):
         choices = player(games, pictures, infos)
-        for info, choice in zip(infos, choices):
+        for game, info, choice in zip(games, infos, choices):
             if continuations(task, info | {"formula": []}):
                 group = "won_in_training" if tuple(sorted(info["numbers"])) in known else "never_won"
                 plan = planned(choice.text)
-                decisions[group].append((info, choice, plan, plan_right(plan, info)))
+                decisions[group].append((info, choice, plan, plan_right(plan, info), game.steps == 0))
         return choices
 
     evaluate(watched, task, episodes, seed)
-    first = {group: [right for info, *_, right in own if not info["formula"]] for group, own in decisions.items()}
+    first = {group: [right for *_, right, at_first in own if at_first] for group, own in decisions.items()}
     return {group: {"share_of_solvable_deals": len(first[group]) / max(1, sum(map(len, first.values()))),
                     "won": sum(choice.action == "=" and is_right(info["formula"], info["numbers"], info["target"])
                                for info, choice, *_ in own) / max(1, len(first[group])),
                     "first_plan_right": rate(first[group]),
-                    "right_plan_followed": rate(plan[0] == choice.action for _, choice, plan, right in own if right)}
+                    "right_plan_followed": rate(plan[0] == choice.action for _, choice, plan, right, _ in own if right)}
             for group, own in decisions.items()}
 
 
@@ -98,7 +99,7 @@ def make_parser():
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", help="a run folder of train.py, at the temperature that it ended with")
     who.add_argument("--model", help="pocket, a hub name or a folder, as it is before RL")
-    parser.add_argument("--temperature", type=float, help="of --model [as for RL]")
+    parser.add_argument("--temperature", type=float, help="of --model [where RL on this game starts]")
     parser.add_argument("--won-by", metavar="RUN", help="by_experience by what this run won [--run itself]")
     parser.add_argument("--episodes", type=int, default=500)
     parser.add_argument("--tries", type=int, default=12, help="at each first plan")
@@ -110,11 +111,13 @@ def make_parser():
 def main(arguments=None):
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.run and options.temperature:
+    if options.run and options.temperature is not None:
         parser.error("--temperature is for --model: a run has its own")
     with in_words():
-        policy = (open_run(options.run)[0] if options.run else
-                  open_policy(options.model, temperature=options.temperature, task=options.task)[0])
+        policy, settings = open_run(options.run) if options.run else (
+            open_policy(options.model, temperature=options.temperature, task=options.task)[0], {"cot": True})
+        if not settings["cot"]:
+            raise ModelError("a run with --no-cot writes no plans")
         followed = evaluate(following(model_player(policy, options.seed)), options.task, options.episodes, options.seed)
         tries = first_plans(policy, options.task, options.episodes, options.seed, options.tries).values()
         teacher = options.won_by or options.run

@@ -23,7 +23,7 @@ def draw_curves(path):
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
     for axes, (task, paper) in zip(panels, PAPER.items()):
         for variant, start, label, color in (("", "start", "RL", "tab:blue"),
-                                             ("plain", "start", "PPO alone", "tab:purple"),
+                                             ("plain", "start-temperature-0.5", "PPO alone", "tab:purple"),
                                              ("no-cot", "start-no-cot", "RL without CoT", "tab:red")):
             folders = runs(task, variant)
             axes.plot([], [], color=color, label=label)

@@ -46,12 +46,18 @@ def markdown(head, rows):
 
 def table():
     """The main table: held-out success in %, mean ± half of its 95 % interval over the seeds; the paper's rows."""
-    rows = [["SFT, where RL starts", *_with_average([f"{baseline(task, 'start'):.1f}" for task in PAPER])]]
+    starts = {task: baseline(task, "start") for task in PAPER}
+    alone = starts | {"points24": baseline("points24", "start-temperature-0.5")}
+    rows = [[name, *_with_average([f"{value:.1f}" for value in found.values()])]
+            for name, found in (("SFT, where RL starts", starts), ("SFT, where PPO alone starts", alone))]
     for name, variant in (("**RL**", ""), ("RL, PPO alone", "plain"), ("RL without CoT", "no-cot"),
                           ("RL on features, no language model", "features")):
-        own = [finals(runs(task, variant) or runs(task)) for task in PAPER]         # "plain": Points24 alone differs
-        average = [statistics.fmean(seeds) for seeds in zip(*own)]                  # of the seeds that all games have
-        rows.append([name, *(f"**{shown(values)}**" if not variant else shown(values) for values in (*own, average))])
+        folders = [runs(task, variant) or runs(task) for task in PAPER]             # "plain": Points24 alone differs
+        common = set.intersection(*({folder.name[-1] for folder in own} for own in folders))
+        average = [statistics.fmean(seeds) for seeds in
+                   zip(*(finals([folder for folder in own if folder.name[-1] in common]) for own in folders))]
+        rows.append([name, *(f"**{shown(values)}**" if not variant else shown(values)
+                             for values in (*map(finals, folders), average))])
     rows.append(["exact ceiling", *_with_average([str(CEILING[task]) for task in PAPER])])
     for name, key in (("SFT, 7B", "SFT"), ("RL, 7B", "RL"), ("RL without CoT, 7B", "no CoT"), ("CNN + RL", "CNN"),
                       ("GPT-4V", "GPT-4V"), ("Gemini", "Gemini")):
@@ -192,7 +198,9 @@ def plans():
     for task in ("ezpoints", "points24"):
         found = {"SFT start": f"baselines/{task}-start.json"}
         if task == "points24":
-            found["SFT start at temperature 0.1"] = "baselines/points24-start-temperature-0.1.json"
+            found = {"SFT start, temperature 0.5": "baselines/points24-start-temperature-0.5.json",
+                     "SFT start, temperature 0.3": "baselines/points24-start.json",
+                     "SFT start, temperature 0.1": "baselines/points24-start-temperature-0.1.json"}
         for name, variant in (("RL", ""), ("PPO alone", "plain")):
             found |= {f"{name}, seed {folder.name[-1]}": f"runs/{folder.name}/eval.json"
                       for folder in runs(task, variant)}
@@ -202,6 +210,18 @@ def plans():
             rows.append([f"{task}: {name}", *shares, f"{100 * result['success']:.1f} %"])
     return markdown(["formula games", "plan right while a solution is in reach", "next symbol follows the plan",
                      "success"], rows)
+
+
+def experience():
+    """Points24 by whether a run won a deal's numbers while it learned: its start beside it, at its last temperature."""
+    found = [read(RESULTS / "baselines" / f"points24-plans-{name}.json")["by_experience"]
+             for name in ("start-beside-seed1", "seed1")]
+    rows = [[text, f"{100 * found[0][group]['share_of_solvable_deals']:.0f} %",
+             *(" → ".join(f"{100 * own[group][key]:.0f}" for own in found)
+               for key in ("won", "first_plan_right", "right_plan_followed"))]
+            for text, group in (("that the run won while it learned", "won_in_training"), ("all others", "never_won"))]
+    return markdown(["Points24: numbers", "of the solvable deals", "won, %", "first plan right, %",
+                     "right plans followed, % of the steps"], rows)
 
 
 def value_heads():
@@ -258,5 +278,5 @@ def survived():
 def tables():
     """All of them, without those that no run stands behind yet."""
     makers = (table, references, seeds, families, households, lambdas, trust_regions, best_effort, decisions, plans,
-              value_heads, settings_tried, speed_choices, survived)
+              experience, value_heads, settings_tried, speed_choices, survived)
     return [text for make in makers if (text := make())]

@@ -96,7 +96,7 @@ class Settings(ModelSettings):
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     # the policy
     temperature: float = setting(None, "of sampling and of scoring", small=0.5, large=0.2)
-    temperature_end: float = setting(None, "the last update's, reached in even steps [as at first]")
+    temperature_end: float = setting(None, "the last update's, reached in even steps [--temperature where given]")
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all")
     num_envs: int = setting(64, "games side by side")
@@ -201,6 +201,8 @@ def take_up(settings, adapters):
 def fill_in(settings, small):
     """Give what was not chosen the defaults of the model's size and of the game."""
     values = dict(POCKET_DEFAULTS.get(settings.task, {}) if small else {})
+    if getattr(settings, "temperature", None) is not None:
+        values.pop("temperature_end", None)                 # a temperature that was chosen stays
     values |= {entry.name: default_of(type(settings), entry.name, small) for entry in fields(settings)
                if entry.metadata["by_size"] and entry.name not in values}
     for name, value in values.items():

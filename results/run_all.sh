@@ -89,7 +89,7 @@ family() {   # family NAME GAMES FAMILY ARGUMENTS…: RL on a pocket model of an
 
 runs() {
     local task seed cot_lambda setting temperature
-    local plain="--negative-weight 1 --imitation 0 --temperature-end"       # PPO alone, and a temperature to stay at
+    local plain="--temperature 0.5 --negative-weight 1 --imitation 0"       # PPO alone, also on Points24
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=500)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
     # what is not trained
@@ -98,7 +98,7 @@ runs() {
         echo evaluate $task-expert ${games[$task]} --task $task --policy expert
         echo evaluate $task-constant ${games[$task]} --task $task --policy always:${constant[$task]}
         echo evaluate $task-start ${games[$task]} --task $task --model pocket
-        echo evaluate $task-start-no-cot ${games[$task]} --task $task --model pocket --no-cot
+        echo evaluate $task-start-no-cot ${games[$task]} --task $task --model pocket --temperature 0.5 --no-cot
     done
     # the main table
     for seed in 1 2 3 4 5; do
@@ -106,11 +106,11 @@ runs() {
             echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
         done
     done
-    # Points24 without what is ours there; its start at the temperatures where the others begin and end
+    # Points24 without what is ours there; its start at the temperature of these runs, and where the main table's end
     for seed in 1 2 3; do
-        echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed --temperature 0.5 $plain 0.5
+        echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed $plain
     done
-    for temperature in 0.3 0.1; do
+    for temperature in 0.5 0.1; do
         echo evaluate points24-start-temperature-$temperature 1000 --task points24 --model pocket --temperature $temperature
     done
     for temperature in 0.5 0.1; do
@@ -144,7 +144,7 @@ runs() {
     # without chain of thought
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
-            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed --temperature 0.5 $plain 0.5
+            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed $plain
         done
     done
     # the weight of the thoughts; 0.5 is in the main table
@@ -157,7 +157,7 @@ runs() {
         echo train blackjack-lambda-$cot_lambda-seed1 10000 --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
     done
     # best effort: taught the expert's own labels first, up to an hour a game
-    echo best points24-best-seed1 1000 3000 --seed 1 --temperature 0.5 $plain 0.5
+    echo best points24-best-seed1 1000 3000 --seed 1 $plain
     echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
     # frozen vision features and an MLP over the actions
     for seed in 1 2 3; do
@@ -168,9 +168,7 @@ runs() {
     # one setting at a time; the settings were chosen before, on training curves (results/README.md)
     for task in points24 blackjack; do
         for setting in "lr 1e-4" "lr 4e-4" "temperature 0.3" "temperature 0.8" "rank 8" "rank 128"; do
-            temperature=0.5                                     # a later --temperature counts
-            [ "${setting% *}" = temperature ] && temperature=${setting#* }
-            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --temperature 0.5 --$setting --seed 1 $plain $temperature
+            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task $plain --$setting --seed 1
         done
     done
 }
