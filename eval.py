@@ -42,8 +42,8 @@ BASELINES = Path(__file__).parent / "results" / "baselines"
 
 # ---- playing --------------------------------------------------------------------------------------------------------
 @dataclass
-class Table:
-    """A game in play: which episode it is, and what it shows now."""
+class Slot:
+    """One of the games side by side: which episode it plays, and what it shows now."""
     game: Any
     episode: int
     picture: np.ndarray = None
@@ -73,26 +73,26 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     world, kinds = ({"split": "held out"} if task == "alfworld" else {}) | (world or {}), [None] * episodes
     decisions, waiting = [], iter(range(episodes))
-    tables = [Table(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
-    for table in tables:
-        table.picture, table.info = table.game.reset(seed=seed + table.episode)
-    while tables:
-        choices = player(*zip(*((table.game, table.picture, table.info) for table in tables)))
-        for table, choice in zip(tables, choices):
-            decisions.append(Decision(table.episode, table.info, choice))
+    slots = [Slot(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
+    for slot in slots:
+        slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
+    while slots:
+        choices = player(*zip(*((slot.game, slot.picture, slot.info) for slot in slots)))
+        for slot, choice in zip(slots, choices):
+            decisions.append(Decision(slot.episode, slot.info, choice))
             if watch:
-                watch(table.picture, choice, table.episode)
-            table.picture, reward, terminated, truncated, table.info = table.game.step(choice.index)
-            returns[table.episode] += reward
+                watch(slot.picture, choice, slot.episode)
+            slot.picture, reward, terminated, truncated, slot.info = slot.game.step(choice.index)
+            returns[slot.episode] += reward
             if terminated or truncated:
-                success[table.episode], goals[table.episode] = table.info["is_success"], terminated and reward > 0
-                kinds[table.episode] = table.info.get("kind")
+                success[slot.episode], goals[slot.episode] = slot.info["is_success"], terminated and reward > 0
+                kinds[slot.episode] = slot.info.get("kind")
                 if watch:
-                    watch(table.picture, None, table.episode)
-                table.episode = next(waiting, None)
-                if table.episode is not None:
-                    table.picture, table.info = table.game.reset(seed=seed + table.episode)
-        tables = [table for table in tables if table.episode is not None]
+                    watch(slot.picture, None, slot.episode)
+                slot.episode = next(waiting, None)
+                if slot.episode is not None:
+                    slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
+        slots = [slot for slot in slots if slot.episode is not None]
     low, high = wilson(success.sum(), episodes)
     result = {"task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
               "success": success.mean().item(), "success_low": float(low), "success_high": float(high),

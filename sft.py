@@ -34,7 +34,7 @@ from env import make_game
 from games.expert import expert_action, thoughts
 from parse import make_answer, make_prompt
 from plumbing import parallel
-from plumbing.card import write_lesson_card
+from plumbing.card import write_sft_card
 from plumbing.checkpoint import (
     checkpoints,
     held_back_interrupt,
@@ -57,7 +57,7 @@ from vlm.lora import adapter_settings, save_adapters
 
 @dataclass
 class SFTSettings(ModelSettings):
-    """A course of supervised fine-tuning, whole."""
+    """One run of supervised fine-tuning, whole."""
     out: str = setting(None, "folder for the result, which train.py --model takes (runs/TASK-sft-seedN)")
     label_noise: float = setting(0.0, "share of uniformly random action labels")
     full: bool = setting(False, "train all weights instead of LoRA adapters")
@@ -135,13 +135,13 @@ def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_
              settings=None):
     """Minimise −log π(answer) a token over `steps` batches with AdamW, warm-up and a cosine to zero.
 
-    batches: an iterator over lists of Demonstrations. settings: SFTSettings, of a course that is saved in settings.out
+    batches: an iterator over lists of Demonstrations. settings: SFTSettings, of a run that is saved in settings.out
     and goes on from what was saved there: the same batches are dealt again up to it. Returns the losses, a float a step
     that was taken.
     """
     parameters = dict(learning(policy))
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    done = load_lesson(policy, optimizer, settings) if settings else 0
+    done = load_sft(policy, optimizer, settings) if settings else 0
     for _ in range(done):
         next(batches)
     losses = []
@@ -154,7 +154,7 @@ def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             if settings and (interrupted() or done % settings.save_every == 0 or done == steps):
-                save_lesson(policy, optimizer, done, settings)
+                save_sft(policy, optimizer, done, settings)
             if interrupted():
                 raise KeyboardInterrupt
     return losses
@@ -183,8 +183,8 @@ def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
     return total
 
 
-def save_lesson(policy, optimizer, done, settings):
-    """A checkpoint folder of a course in mid-run, whole or not at all."""
+def save_sft(policy, optimizer, done, settings):
+    """A checkpoint folder of an SFT run in its midst, whole or not at all."""
     whole, before = Path(settings.out) / f"checkpoint-{done:06d}", checkpoints(settings.out)
     shutil.rmtree(part_of(whole), ignore_errors=True)
     part_of(whole).mkdir(parents=True)
@@ -195,7 +195,7 @@ def save_lesson(policy, optimizer, done, settings):
     replace_checkpoint(whole, before[-1] if before else None)
 
 
-def load_lesson(policy, optimizer, settings) -> int:
+def load_sft(policy, optimizer, settings) -> int:
     """Take up the newest checkpoint, if there is one; return how many steps it has behind it."""
     if not checkpoints(settings.out):
         return 0
@@ -209,16 +209,16 @@ def load_lesson(policy, optimizer, settings) -> int:
     return int(newest.name.removeprefix("checkpoint-"))
 
 
-def teach(settings):
+def run_sft(settings):
     """Fine-tune what the settings name and leave the result in settings.out; ModelError where they do not fit.
 
     What is there of an earlier try goes on; what is there whole stays as it is.
     """
     with locked(settings.out):
-        _teach(settings, Path(settings.out))
+        _run_sft(settings, Path(settings.out))
 
 
-def _teach(settings, folder):
+def _run_sft(settings, folder):
     begun = time.perf_counter()
     last = "config.json" if settings.full else "adapter_config.json"
     if (folder / last).exists():
@@ -227,11 +227,11 @@ def _teach(settings, folder):
             other = [f"{name} {there[name]}" for name in ("task", "cot", "seed", "steps", "label_noise")
                      if there[name] != getattr(settings, name)]
         if other:
-            raise ModelError(f"{folder} holds another course's result ({', '.join(other)}): choose another --out")
+            raise ModelError(f"{folder} holds another run's result ({', '.join(other)}): choose another --out")
         clean_up(folder)
         parallel.say(f"{folder} is finished")
         return
-    loaded = open_model(settings.model, settings.bits, planned(settings))
+    loaded = open_model(settings.model, settings.bits, as_rl(settings))
     parallel.say(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations")
     if settings.full and (loaded.adapters or loaded.bits != "32"):
         raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
@@ -248,7 +248,7 @@ def _teach(settings, folder):
         save_processor(loaded.processor, part)
     else:
         save_adapters(policy.lora, part, loaded.base, policy.rank, policy.alpha)    # without the value head: RL's own
-        write_lesson_card(settings, loaded, part)
+        write_sft_card(settings, loaded, part)
     write_manifest(part, loaded.weights_hash, settings)
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):         # subtle: whole when `last` is there
         to_disk(file)
@@ -281,15 +281,15 @@ def policy_for(settings, loaded):
     return policy
 
 
-def planned(settings):
-    """What vlm.memory.choose asks: this course as if it were RL of the same adapters, which takes more."""
+def as_rl(settings):
+    """What vlm.memory.choose asks: this run as if it were RL of the same adapters, which takes more."""
     return Settings(task=settings.task, rank=settings.rank, target_modules=settings.target_modules, cot=settings.cot,
                     micro_batch_size=settings.micro_batch_size,
                     gradient_checkpointing=settings.gradient_checkpointing, **settings.world)
 
 
 def clean_up(folder):
-    """Drop what a finished course needs no more; a kill may have left it."""
+    """Drop what a finished run needs no more; a kill may have left it."""
     for left in (folder / "result.part", *checkpoints(folder), *folder.glob("checkpoint-*.gone"),
                  *folder.glob("checkpoint-*.part")):
         shutil.rmtree(left, ignore_errors=True)
@@ -309,7 +309,7 @@ def main(arguments=None):
             there = [file.name for file in folder.iterdir()] if folder.exists() else []
         if not resume and set(there) - {"run.lock", f"{settings.file}.part"}:
             raise ModelError(f"{folder} is not empty: choose another --out")
-        teach(settings)
+        run_sft(settings)
 
 
 if __name__ == "__main__":

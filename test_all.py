@@ -2034,14 +2034,14 @@ def test_rl_on_plain_weights_is_taught_the_format_first(tiny, tmp_path, monkeypa
     command = ["--task", "numberline", "--model", str(tiny), "--sft-steps", "3", "--rank", "2", "--num-envs", "8",
                "--num-steps", "2", "--total-timesteps", "32", "--eval-episodes", "4", "--max-new-tokens", "8",
                "--out", str(tmp_path / "run")]
-    plain = sft.save_lesson
+    plain = sft.save_sft
 
     def stopping(policy, optimizer, done, settings):
         plain(policy, optimizer, 1, settings)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(sft, "save_lesson", stopping)
+        stopped.setattr(sft, "save_sft", stopping)
         with pytest.raises(SystemExit, match="go on with the same command and --resume"):
             train.main(command)
     train.main([*command, "--resume"])
@@ -3408,7 +3408,7 @@ def test_a_checkpoint_has_its_model_card(stopped_run):
 def test_a_card_claims_no_licence_that_it_does_not_know(tmp_path, base, licence, on_the_hub):
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4096))
     settings = sft.SFTSettings(task="blackjack", model=base, rank=128, target_modules=("language",), cot=False)
-    card.write_lesson_card(settings, SimpleNamespace(base=base, config=config), tmp_path)
+    card.write_sft_card(settings, SimpleNamespace(base=base, config=config), tmp_path)
     written = (tmp_path / "README.md").read_text()
     data = ModelCard(written).data.to_dict()
     assert (data["license"], data.get("base_model")) == (licence, base if on_the_hub else None)

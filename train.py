@@ -36,7 +36,7 @@ from plumbing.errors import ModelError, foreign, in_words, unheard
 from plumbing.settings import ModelSettings, Settings, default_of, read_settings
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from sft import SFTSettings, policy_for, teach
+from sft import SFTSettings, policy_for, run_sft
 from vlm.loading import find_model, is_small, open_model
 
 
@@ -241,8 +241,8 @@ def starting_model(settings):
         write_whole(folder.parent / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
         try:
             shared = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(ModelSettings)}
-            teach(SFTSettings(**shared, micro_batch_size=settings.micro_batch_size, out=str(folder),
-                              steps=settings.sft_steps))
+            run_sft(SFTSettings(**shared, micro_batch_size=settings.micro_batch_size, out=str(folder),
+                                steps=settings.sft_steps))
         except FloatingPointError as error:
             raise ModelError(f"the first stage failed: {error}. Run sft.py by itself with it, and pass its folder as "
                              "--model to a new run") from error

@@ -1,7 +1,7 @@
 """The model card beside saved adapters: README.md as Hugging Face's hub reads it, front matter first.
 
     write_run_card(run, folder, part)                       # train.py's checkpoints
-    write_lesson_card(settings, loaded, part)               # sft.py's result
+    write_sft_card(settings, loaded, part)                  # sft.py's result
 
 A card says what is known when it is written: held-out games are played before the first update and after the last
 checkpoint, so between them it has the last rollout's. No clock, and nothing of where the run is written: one that is
@@ -72,8 +72,8 @@ def write_run_card(run, folder, part):
     _write(part, title, "train.py", settings, run.policy.base_name, is_small(run.policy.model.config), rows, now)
 
 
-def write_lesson_card(settings, loaded, part):
-    """Write the card of a finished course of supervised fine-tuning into `part`."""
+def write_sft_card(settings, loaded, part):
+    """Write the card of a finished run of supervised fine-tuning into `part`."""
     rows = {"learned": f"{settings.steps} batches of {settings.batch_size} demonstrations", "success": "not measured"}
     title = f"LoRA adapters for {settings.task}, by supervised fine-tuning on an expert's play"
     _write(part, title, "sft.py", settings, loaded.base, is_small(loaded.config), rows)

@@ -206,7 +206,7 @@ def fill_in(settings, small):
     values |= {entry.name: default_of(type(settings), entry.name, small) for entry in fields(settings)
                if entry.metadata["by_size"] and entry.name not in values}
     for name, value in values.items():
-        if getattr(settings, name, 0) is None:              # a course of supervised learning has not all of them
+        if getattr(settings, name, 0) is None:              # SFTSettings has not all of them
             setattr(settings, name, value)
     if isinstance(settings, Settings):
         for name, value in {"temperature_end": settings.temperature, "negative_weight": 1.0, "imitation": 0,
