@@ -125,7 +125,7 @@ def make_parser():
     remote.add_argument("--concurrency", type=int, default=8, help="calls at once [8]")
     remote.add_argument("--transcripts", metavar="FOLDER", help="where each call is kept, to go on from without paying "
                         "twice [runs/endpoint-MODEL]")
-    settings = parser.add_argument_group("settings", "a run brings its own; bits, cot, temperature: for --model")
+    settings = parser.add_argument_group("settings", "a run brings its own; bits, cot: for --model")
     add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
 
@@ -141,6 +141,7 @@ def find_policy(options, given, task):
         return None, options.policy or options.model, settings | given
     if options.run:
         policy, own = open_run(options.run)
+        policy.temperature = given.get("temperature", policy.temperature)
         name = own["out"]
         if own["task"] != task:
             print(f"note: {name} was trained on {own['task']}")
@@ -175,8 +176,10 @@ def check_options(options, given):
     own = {name: given[name] for name in (*WORLD, "temperature") if name in given}
     if problem := Settings(task=task, **own).problem():
         raise ValueError(problem)
-    if not options.model and {"temperature", "cot", "bits"} & set(given):
-        raise ValueError("--temperature, --cot and --bits are for --model: a run has its own, a policy none")
+    if not options.model and {"cot", "bits"} & set(given):
+        raise ValueError("--cot and --bits are for --model: a run has its own, a policy none")
+    if options.policy and "temperature" in given:
+        raise ValueError("--temperature is for a model or a run: a policy draws no tokens")
     if options.endpoint and (not options.model or "bits" in given):
         raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
     if options.greedy and options.policy:
@@ -247,13 +250,14 @@ def shown(value):
 
 
 def play_task(options, policy, name, settings, task, watch=None):
-    """Return evaluate's summary of one task, the player's name before it, an endpoint's calls behind it."""
+    """Return evaluate's summary of one task, with the player's name and temperature, and an endpoint's calls."""
     player = make_player(options, policy, settings, task)
     world = {name: settings[name] for name in WORLD} if task == "alfworld" else {}
     with player if options.endpoint else contextlib.nullcontext():      # its folder's lock, its threads
         result = evaluate(player, task, options.episodes, options.seed, settings["num_envs"], settings["cot"], watch,
                           world)
-    return {"policy": name, **result, **(player.counts() if options.endpoint else {})}
+    temperature = {"temperature": policy.temperature} if policy and not options.greedy else {}
+    return {"policy": name, **temperature, **result, **(player.counts() if options.endpoint else {})}
 
 
 def who_else(task, settings):

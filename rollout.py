@@ -83,7 +83,7 @@ class Rollout:
     old_values: torch.Tensor = None     # (S,)
     part_logp: torch.Tensor = None      # (2,) sums over answers of the thoughts' and the action parts' log-probability
 
-    advantages: torch.Tensor = None     # (S,) normalised
+    advantages: torch.Tensor = None     # (S,) normalised, and weighed where below 0
     returns: torch.Tensor = None        # (S,)
 
     def micro_batches(self, indices):
@@ -169,7 +169,10 @@ def score_rollout(policy, rollout: Rollout, settings):
 
 
 def add_advantages(policy, rollout: Rollout, settings):
-    """Fill in advantages and returns, by GAE over each game's steps; advantages are normalised over the rollout."""
+    """Fill in advantages and returns, by GAE over each game's steps; advantages are normalised over the rollout.
+
+    Those below 0 are then multiplied by negative_weight.
+    """
     values = rollout.old_values.view_as(rollout.rewards)                                    # (L, N)
     next_values = torch.cat([values[1:], _batched(policy.value, rollout.last_prompts, settings)[None]])
     if rollout.cut_off:

@@ -1597,7 +1597,7 @@ def test_learning_rate_falls_and_stays_down(shipped):
     assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == (pytest.approx(1e-9),) * 5
 
 
-def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_path, monkeypatch):
+def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_path, monkeypatch, capsys):
     """In rollouts, scores and held-out games alike; eval.py knows a run's, also of a folder without the setting."""
     run, seen = make_run(shipped, "numberline", temperature_end=0.1, total_timesteps=80, num_envs=4), []
     log_softmax = Policy._log_softmax
@@ -1618,6 +1618,10 @@ def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tmp_pat
     assert "--temperature-end 0.25" in card_says and "--temperature 0.25" in card_says
     policy, found = players.open_run(tmp_path / "run")
     assert policy.temperature == found["temperature"] == pytest.approx(0.25) == seen[-1]
+    asked = ["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "2"]
+    for more, temperature in (([], 0.25), (["--temperature", "0.125"], 0.125)):
+        evaluation.main([*asked, *more])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["temperature"] == temperature == seen[-1]
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     del stored["temperature_end"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
@@ -1933,6 +1937,7 @@ def test_what_lost_a_formula_game_is_hand_worked():
     (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
     (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
     (["--policy", "random", "--greedy"], "draws no tokens"),
+    (["--policy", "random", "--temperature", "0.1"], "draws no tokens"),
     (["--policy", "random", "--endpoint", "http://localhost:1/v1"], "needs --model NAME")])
 def test_evaluation_says_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit, match=message):
