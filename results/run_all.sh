@@ -110,6 +110,8 @@ runs() {
     for seed in 1 2 3; do
         echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed $plain
     done
+    # four times the steps, more exploring at first
+    echo train points24-60000-steps-seed1 1000 --model pocket --task points24 --seed 1 --temperature 0.5 --temperature-end 0.1 --total-timesteps 60000
     for temperature in 0.5 0.1; do
         echo evaluate points24-start-temperature-$temperature 1000 --task points24 --model pocket --temperature $temperature
     done
