@@ -31,7 +31,7 @@ import numpy as np
 from env import GAMES, TASKS, make_game
 from games.houses import HouseError, data_files
 from games.statistics import Decision, decision_statistics, rate
-from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
+from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player, start_temperature
 from plumbing.errors import ModelError, foreign, in_words
 from plumbing.interval import wilson
 from plumbing.settings import WORLD, Settings, add_flags, default_of, with_task_defaults
@@ -281,6 +281,8 @@ def play_all(options, given):
         if task in (tasks[0], "alfworld"):                      # whose pocket model is another, and its defaults too
             policy = None                                       # its memory first
             policy, name, settings = find_policy(options, given, task)
+        if policy and options.model and "temperature" not in given:
+            policy.temperature = start_temperature(task, policy.model)
         results[task] = result = play_task(options, policy, name, settings, task)
         shares = [("success", result["success"]), ("from", result["success_low"]), ("to", result["success_high"]),
                   ("parsed", result["parse_rate"]), ("read right", result["reading_rate"])]

@@ -95,17 +95,24 @@ def open_run(run):
     return policy, settings
 
 
+def start_temperature(task, model) -> float:
+    """The temperature that RL of a model on a task starts with by default."""
+    settings = Settings(task=task)
+    fill_in(settings, is_small(model.config))
+    return settings.temperature
+
+
 def open_policy(model="auto", bits="auto", temperature=None, task="blackjack"):
     """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
 
     model, bits: as the flags of train.py; temperature: None for the one that RL on `task` starts with; task: what
     "pocket" and the plan of memory go by. ModelError where the model cannot be had, or its adapters are not for it.
     """
-    settings = Settings(task=task, temperature=temperature)
-    loaded = open_model(model, bits, settings)
+    loaded = open_model(model, bits, Settings(task=task))
     lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
-    fill_in(settings, is_small(loaded.model.config))
-    policy = Policy(loaded.model, loaded.processor, **lora, temperature=settings.temperature)
+    if temperature is None:
+        temperature = start_temperature(task, loaded.model)
+    policy = Policy(loaded.model, loaded.processor, **lora, temperature=temperature)
     if loaded.adapters:
         policy.load_adapters(loaded.adapters)
     return policy, loaded.name

@@ -1637,6 +1637,14 @@ def test_a_temperature_that_was_chosen_stays():
         run_settings.fill_in(settings, small)
         assert (settings.temperature, settings.temperature_end) == expected
     assert [players.open_policy("pocket", task=task)[0].temperature for task in ("points24", "ezpoints")] == [0.3, 0.5]
+    for task, chosen, said in (("points24", {}, []), ("points24", {"temperature": 0.5}, ["--temperature", "0.5"]),
+                               ("points24", {"temperature": 0.5, "temperature_end": 0.1},
+                                ["--temperature", "0.5", "--temperature-end", "0.1"]),
+                               ("blackjack", {"temperature": 0.3, "temperature_end": 0.5},
+                                ["--temperature", "0.3", "--temperature-end", "0.5"])):
+        settings = Settings(task=task, **chosen)                            # a model card's command makes the same run
+        run_settings.fill_in(settings, small=True)
+        assert card._flags(settings, ("temperature", "temperature_end"), small=True) == said
 
 
 def test_advantages_below_0_may_weigh_less(shipped):
@@ -1761,7 +1769,17 @@ def test_what_written_plans_are_worth(tmp_path, capsys):
     known, others = plans.by_experience(plays_one, {one}, "ezpoints", 8, 10_000).values()
     assert (known["won"], known["first_plan_right"], known["right_plan_followed"]) == (1, 1, 1)
     assert (others["won"], others["first_plan_right"], others["right_plan_followed"]) == (0, 1, 0)
-    assert known["share_of_solvable_deals"] + others["share_of_solvable_deals"] == 1
+    dealt = [tuple(sorted(game.reset(seed=seed)[1]["numbers"])) for seed in range(10_000, 10_008)]
+    assert known["share_of_solvable_deals"] == dealt.count(one) / 8 < 1
+    game = GAMES["points24"]()                                              # of whose deals a quarter has no solution
+    solvable = [seed for seed in range(8) if expert.continuations("points24", game.reset(seed=seed)[1])]
+    one = tuple(sorted(game.reset(seed=solvable[0])[1]["numbers"]))
+
+    def ends(games, pictures, infos):
+        return [playing.Choice("=", game.legal_actions().index("="), text="then '='.") for _ in infos]
+
+    shares = plans.by_experience(ends, {one}, "points24", 8, 0)["won_in_training"]
+    assert len(solvable) < 8 and shares["share_of_solvable_deals"] == 1 / len(solvable) and shares["won"] == 0
 
 
 def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
@@ -1960,6 +1978,15 @@ def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
     for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"]):
         with pytest.raises(SystemExit, match="--task all takes"):
             evaluation.main(["--task", "all", *bad])
+
+
+@pytest.mark.parametrize("chosen", [None, 0.25])
+def test_all_games_are_played_at_the_temperature_that_each_starts_with(monkeypatch, chosen):
+    played, result = {}, {"success": 0, "success_low": 0, "success_high": 0, "parse_rate": None, "reading_rate": None}
+    monkeypatch.setattr(evaluation, "play_task", lambda options, policy, name, settings, task: (
+        played.update({task: policy.temperature}), result | {"policy": name})[1])
+    evaluation.main(["--task", "all", "--model", "pocket", *(["--temperature", str(chosen)] if chosen else [])])
+    assert played == {task: chosen or {"points24": 0.3}.get(task, 0.5) for task in played} and set(GAMES) <= set(played)
 
 
 def test_an_episode_can_be_drawn(tmp_path, capsys):

@@ -8,7 +8,7 @@ just written (each step has a new one): what the same thoughts would win. `first
 numbers before the first symbol, tried several times: its mean share of right ones, and the share of sets for which one
 try at least is right: what exploration can find.
 `by_experience`, where a run kept its won games (imitation.py): play on the sets of numbers that it won while it
-learned, and on all others: what it learned by heart, and what it learned to do.
+learned, and on all others.
 Prints them as one JSON object. Does not handle: how a game was lost (games/statistics.py).
 """
 
@@ -26,7 +26,7 @@ from games.statistics import rate
 from parse import json_closed, make_prompt
 from players import model_player, open_policy, open_run
 from plumbing.checkpoint import newest_checkpoint, write_whole
-from plumbing.errors import ModelError, in_words
+from plumbing.errors import ModelError, foreign, in_words
 
 
 def following(player):
@@ -61,12 +61,16 @@ def first_plans(policy, task, deals, seed, tries):
 
 
 def won_in_training(run, task) -> set:
-    """{sorted numbers} of all games that a run won and kept (imitation.py); empty without --imitation."""
+    """{sorted numbers} of all games that a run won and kept (imitation.py); empty without --imitation.
+
+    ModelError where the folder has no checkpoint, or one of another task.
+    """
     game, found = make_game(task), set()
     for file in newest_checkpoint(run).glob("process*.json"):
-        for state, _ in (json.loads(file.read_text(encoding="utf-8")).get("won") or {"kept": []})["kept"]:
-            game.set_state(state)
-            found.add(tuple(sorted(game.observe()[1]["numbers"])))
+        with foreign(file):
+            for state, _ in (json.loads(file.read_text(encoding="utf-8")).get("won") or {"kept": []})["kept"]:
+                game.set_state(state)
+                found.add(tuple(sorted(game.observe()[1]["numbers"])))
     return found
 
 
@@ -118,10 +122,12 @@ def main(arguments=None):
             open_policy(options.model, temperature=options.temperature, task=options.task)[0], {"cot": True})
         if not settings["cot"]:
             raise ModelError("a run with --no-cot writes no plans")
-        followed = evaluate(following(model_player(policy, options.seed)), options.task, options.episodes, options.seed)
-        tries = first_plans(policy, options.task, options.episodes, options.seed, options.tries).values()
         teacher = options.won_by or options.run
         known = won_in_training(teacher, options.task) if teacher else set()
+        if options.won_by and not known:
+            raise ModelError(f"{options.won_by} kept no won games (--imitation of train.py)")
+        followed = evaluate(following(model_player(policy, options.seed)), options.task, options.episodes, options.seed)
+        tries = first_plans(policy, options.task, options.episodes, options.seed, options.tries).values()
         experience = by_experience(model_player(policy, options.seed), known, options.task, options.episodes,
                                    options.seed) if known else None
     shares = {"sets": len(tries), "tries": options.tries, "right": rate(right for own in tries for right in own),

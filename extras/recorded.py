@@ -1,7 +1,7 @@
 """What lies in results/: the runs and baselines that figures and tables are made of, and the paper's own figures.
 
     runs("blackjack", "no-cot")                         # [results/runs/blackjack-no-cot-seed1, …]
-    shown(finals(runs("blackjack")))                    # "41.8 ± 0.4"
+    shown(finals(runs("blackjack")))                    # "41.6 ± 0.3 (5)"
 
 A run's folder is `results/runs/TASK[-VARIANT]-seedN`. "a ± b" is the mean over seeds and half of its 95 % interval
 (Student's t). Does not handle: figures (plot.py), tables (tables.py).

@@ -105,6 +105,8 @@ def _flags(settings, names, small):
     """The flags that give those of the named settings that are not as by default, such as ["--seed", "2"]."""
     default = with_task_defaults(type(settings), {"task": settings.task, "target_modules": tuple(PARTS)})
     fill_in(default, small)
+    if getattr(settings, "temperature", None) != getattr(default, "temperature", None):
+        default.temperature_end = settings.temperature      # a temperature that is given alone stays
     words = []
     for name in names:
         value, flag = getattr(settings, name, None), name.replace("_", "-")

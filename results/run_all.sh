@@ -48,8 +48,10 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is n
 }
 
 plans() {   # plans NAME ARGUMENTS…: what the written plans of Points24 are worth
-    local name=$1; shift
+    local name=$1 learner; shift
     [ -f "results/baselines/$name.json" ] && return
+    learner=$(grep -oE 'runs/[^ ]+' <<< "$*" || true)           # of --run or --won-by
+    [ -z "$learner" ] || [ -f "$learner/eval.json" ] || { echo "$name needs $learner first: run this again"; return 1; }
     mkdir -p runs
     python -m extras.plans "$@" --out "results/baselines/$name.json" > "runs/$name.log" 2>&1 ||
         { echo "$name failed: runs/$name.log"; return 1; }
@@ -118,7 +120,7 @@ runs() {
     for temperature in 0.5 0.1; do
         echo plans points24-plans-start-temperature-$temperature --model pocket --temperature $temperature
     done
-    # after its run, whose checkpoint is not kept here; the start on the numbers that this run won
+    # of a run whose checkpoint is not kept here; the start on the numbers that it won
     echo plans points24-plans-seed1 --run runs/points24-seed1
     echo plans points24-plans-start-beside-seed1 --model pocket --temperature 0.1 --won-by runs/points24-seed1
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
