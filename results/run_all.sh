@@ -122,6 +122,7 @@ runs() {
     done
     # of a run whose checkpoint is not kept here; the start on the numbers that it won
     echo plans points24-plans-seed1 --run runs/points24-seed1
+    echo plans points24-plans-60000-steps-seed1 --run runs/points24-60000-steps-seed1 --tries 2
     echo plans points24-plans-start-beside-seed1 --model pocket --temperature 0.1 --won-by runs/points24-seed1
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
