@@ -1,4 +1,4 @@
-"""Self-imitation: after each update a run learns the answers of its own won games again. Ours, and off by default.
+"""Self-imitation: after each update a run learns its own won games again. Ours; by default on pocket's Points24 alone.
 
     won = WonGames(len(games))
     won.add(rollout)                                        # after it was played

@@ -120,9 +120,10 @@ runs() {
     for temperature in 0.5 0.1; do
         echo plans points24-plans-start-temperature-$temperature --model pocket --temperature $temperature
     done
-    # of a run whose checkpoint is not kept here; the start on the numbers that it won
+    # of runs whose checkpoints are not kept here; the start on the numbers that each won
     echo plans points24-plans-seed1 --run runs/points24-seed1
     echo plans points24-plans-60000-steps-seed1 --run runs/points24-60000-steps-seed1 --tries 2
+    echo plans points24-plans-start-beside-60000-steps-seed1 --model pocket --temperature 0.1 --won-by runs/points24-60000-steps-seed1 --tries 2
     echo plans points24-plans-start-beside-seed1 --model pocket --temperature 0.1 --won-by runs/points24-seed1
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
