@@ -42,7 +42,8 @@ class NumberLine(Game):
         super().__init__(render_mode)
 
     def _is_possible(self):
-        return all(type(n) is int and 0 <= n <= self.max_position for n in (self.target, self.current))
+        return (all(type(n) is int and 0 <= n <= self.max_position for n in (self.target, self.current))
+                and (self.over or self.current != self.target))
 
     def _deal(self):
         # Uniform over the n (n + 1) ordered pairs of different numbers: one draw, no re-rolling.
@@ -102,12 +103,19 @@ class _FormulaGame(Game):
         return f'The formula so far: "{"".join(info["formula"])}".'
 
     def _is_possible(self):
-        return (_are_cards(self.cards) and len(self.cards) == self.count and isinstance(self.formula, list)
-                and set(map(str, self.formula)) <= {*self.actions} - {"="})
+        if not (_are_cards(self.cards) and len(self.cards) == self.count and isinstance(self.formula, list)
+                and all(isinstance(token, str) for token in self.formula) and len(self.formula) <= self.steps):
+            return False
+        numbers, used = self._numbers(), [token for token in self.formula if token.isdecimal()]
+        return (set(self.formula) <= {*self.actions} - {"="}
+                and all(used.count(token) <= numbers.count(token) for token in used))
 
     def _number(self, card):
         rank = card // 4 + 1                                   # cards are 0..51, a rank's four suits together
         return min(rank, 10) if self.face_cards_as_10 else rank
+
+    def _numbers(self):
+        return [str(self._number(card)) for card in self.cards]
 
     def _deal(self):
         self.formula = []
@@ -123,7 +131,7 @@ class _FormulaGame(Game):
         return found[0] if found else ()
 
     def _play(self, action):
-        numbers = [str(self._number(card)) for card in self.cards]
+        numbers = self._numbers()
         used = [token for token in self.formula if token.isdecimal()]
         if action == "=":
             return (10 if is_right(self.formula, numbers, self.target) else -1), True

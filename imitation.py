@@ -58,7 +58,7 @@ def imitate(policy, optimizer, won, game, settings, generator: torch.Generator) 
 
     The loss is −log π(answer) a token, at the policy's temperature. game: a game of the run's task, to draw the kept
     states with; its own state is as before afterwards. No answer comes twice in one call, and only whole minibatches
-    are taken, the same number by all processes.
+    are taken, the same number by all processes. FloatingPointError where a loss or a gradient is not finite.
     """
     size = settings.minibatch_size // parallel.size()
     most = min(settings.imitation, parallel.concat(torch.tensor([len(won.kept) // size])).min().item())

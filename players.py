@@ -78,19 +78,21 @@ def open_run(run):
     """
     last = newest_checkpoint(run)
     check(last)
-    with foreign(Path(run) / "config.json"):
-        settings = dict(json.loads((Path(run) / "config.json").read_text(encoding="utf-8")))
+    config = Path(run) / "config.json"
+    with foreign(config):
+        settings = dict(json.loads(config.read_text(encoding="utf-8")))
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
-    if missing := set(PLAY_SETTINGS) - set(WORLD) - set(settings):
+    if missing := {"task", "model", "out", *PLAY_SETTINGS} - {*WORLD, *settings}:
         raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
                          "its config.json): evaluate it with that version")
     # a folder of before there was a temperature_end has a constant one
     own = {"temperature_end": settings["temperature"]} | {
         name: settings[name] for name in ("total_timesteps", "num_envs", "num_steps", "temperature", "temperature_end")
         if name in settings}
-    settings["temperature"] = Settings(**own).temperature_at(int(last.name.removeprefix("checkpoint-")))
-    policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"])
+    with foreign(config):
+        settings["temperature"] = Settings(**own).temperature_at(int(last.name.removeprefix("checkpoint-")))
+    policy, _ = open_policy(str(last), settings["bits"], settings["temperature"], settings["task"], settings["model"])
     policy.load_value_head(last)
     return policy, settings
 
@@ -102,13 +104,14 @@ def start_temperature(task, model) -> float:
     return settings.temperature
 
 
-def open_policy(model="auto", bits="auto", temperature=None, task="blackjack"):
+def open_policy(model="auto", bits="auto", temperature=None, task="blackjack", base="auto"):
     """Return (policy, the model's name): a model as it is, or with its adapters where it is a folder of some.
 
     model, bits: as the flags of train.py; temperature: None for the one that RL on `task` starts with; task: what
-    "pocket" and the plan of memory go by. ModelError where the model cannot be had, or its adapters are not for it.
+    "pocket" and the plan of memory go by; base: where the adapters' base is, if it is no longer where they were made.
+    ModelError where the model cannot be had, or its adapters are not for it.
     """
-    loaded = open_model(model, bits, Settings(task=task))
+    loaded = open_model(model, bits, Settings(task=task, model=base))
     lora = adapter_settings(loaded.adapters) if loaded.adapters else {"target_modules": ()}
     if temperature is None:
         temperature = start_temperature(task, loaded.model)

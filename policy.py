@@ -121,8 +121,9 @@ class Policy(nn.Module):
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+            for name in ("attention_dropout", "dropout"):           # attention's are plain numbers
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
 
     def _set_mode(self, train):
         """Without dropout, train mode only turns gradient checkpointing on, and with it the cache off."""
@@ -228,6 +229,7 @@ class Policy(nn.Module):
 
         generator: on the policy's device. stopping_criterion: a function of the text so far that ends an answer, asked
         after each token that has a "}" in it (parse.json_closed). greedy=True: the likeliest token, not a draw.
+        Raises FloatingPointError where the model's log-probabilities are not finite.
         """
         ids, mask, positions, _, _ = self._collate(prompts)
         self._set_mode(train=False)
@@ -237,6 +239,9 @@ class Policy(nn.Module):
         unfinished = set(range(len(prompts)))
         for length in range(1, max_new_tokens + 1):
             logp = self._log_softmax(hidden)                                      # (B, V)
+            if logp.isnan().any():
+                raise FloatingPointError("the model's log-probabilities are not finite: it has diverged; start a new "
+                                         "run (--out) with a smaller --lr or --bits 32")
             if greedy:
                 drawn = logp.argmax(-1, keepdim=True)
             else:
@@ -310,6 +315,7 @@ class Policy(nn.Module):
         self.load_value_head(folder)
 
     def load_value_head(self, folder):
+        """Read the value head that save wrote; ModelError where it is damaged, or another model's."""
         head = Path(folder) / "value_head.safetensors"
         with foreign(head):
             stored, own = load_file(head), self.value_head.state_dict()

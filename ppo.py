@@ -68,7 +68,9 @@ def value_loss(values, returns):
 def explained_variance(values, returns) -> float | None:
     """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant; None if R is constant."""
     variance = returns.var()
-    return None if variance == 0 else (1 - (returns - values).var() / variance).item()
+    if variance.sqrt() <= 1e-6 * max(1.0, returns.abs().max().item()):      # R = (R − V) + V was rounded
+        return None
+    return (1 - (returns - values).var() / variance).item()
 
 
 def minibatches(samples, size, epochs, generator) -> list[list[int]]:
@@ -135,7 +137,10 @@ def learn_values(policy, optimizer, rollout, settings, batches):
 
 
 def prepare_step(optimizer, losses, settings):
-    """Average gradients and losses over processes, clip each group's gradients alone; return the groups' norms."""
+    """Average gradients and losses over processes, clip each group's gradients alone; return the groups' norms.
+
+    FloatingPointError where one of them is not finite.
+    """
     parallel.average([p for group in optimizer.param_groups for p in group["params"]], losses)
     norms = [torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
              for group in optimizer.param_groups]

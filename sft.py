@@ -47,7 +47,7 @@ from plumbing.checkpoint import (
     write_whole,
 )
 from plumbing.errors import ModelError, foreign, in_words
-from plumbing.manifest import check, write_manifest
+from plumbing.manifest import check, plain, write_manifest
 from plumbing.settings import ModelSettings, Settings, fill_in, read_settings, setting, take_up
 from policy import Policy
 from vlm.families import PARTS, save_processor
@@ -80,6 +80,8 @@ class SFTSettings(ModelSettings):
                 return f"--{name.replace('_', '-')} must be above 0"
         if self.full and (self.rank or self.target_modules):
             return "--full trains all weights and has no adapters: leave --rank and --target-modules out"
+        if self.full and self.bits not in ("auto", "32"):
+            return "--full needs --bits 32: 16 would round most steps away"
         if self.seed < 0:
             return "--seed must not be negative"
         return super().problem()
@@ -166,7 +168,7 @@ def learning(policy):
 
 
 def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
-    """One optimiser step on a batch of Demonstrations; return its loss."""
+    """One optimiser step on a batch of Demonstrations; return its loss. FloatingPointError where it is not finite."""
     prompts = policy.encode([d.picture for d in batch], [d.prompt for d in batch])
     answers = policy.encode_answers([d.answer for d in batch])
     tokens, total = sum(map(len, answers)), 0.0
@@ -176,9 +178,10 @@ def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
         loss = -logp.sum() / tokens
         loss.backward()
         total += loss.item()
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total}: no step was taken; try a smaller --lr")
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    if not (math.isfinite(total) and norm.isfinite()):
+        raise FloatingPointError(f"the loss is {total}, the gradients' norm {norm.item()}: no step was taken; try a "
+                                 "smaller --lr")
     optimizer.step()
     return total
 
@@ -224,17 +227,20 @@ def _run_sft(settings, folder):
     if (folder / last).exists():
         with foreign(folder / settings.file):
             there = json.loads((folder / settings.file).read_text(encoding="utf-8"))
-            other = [f"{name} {there[name]}" for name in ("task", "cot", "seed", "steps", "label_noise")
-                     if there[name] != getattr(settings, name)]
+            other = [f"{name} {there[name]}" for name, value in plain(settings).items()
+                     if value not in (None, "auto", there[name])]
         if other:
             raise ModelError(f"{folder} holds another run's result ({', '.join(other)}): choose another --out")
         clean_up(folder)
         parallel.say(f"{folder} is finished")
         return
-    loaded = open_model(settings.model, settings.bits, as_rl(settings))
+    loaded = open_model(settings.model, "32" if settings.full else settings.bits, as_rl(settings))
     parallel.say(f"model: {loaded.why}; {settings.steps} batches of {settings.batch_size} demonstrations")
-    if settings.full and (loaded.adapters or loaded.bits != "32"):
-        raise ModelError("--full needs a whole model in --bits 32: 16 would round most steps away")
+    if settings.full and loaded.adapters:
+        raise ModelError(f"--full needs a whole model, and {settings.model} holds adapters")
+    if settings.full and loaded.device != "cpu":
+        learns = sum(parameter.numel() for parameter in loaded.model.parameters())
+        parallel.say(f"--full: {16 * learns / 2**30:.1f} GiB for weights, gradients and Adam's moments, answers apart")
     policy = policy_for(settings, loaded)
     write_whole(folder / settings.file, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     source = demonstrations(settings.task, settings.seed, settings.label_noise, settings.cot, settings.world)
@@ -282,7 +288,7 @@ def policy_for(settings, loaded):
 
 
 def as_rl(settings):
-    """What vlm.memory.choose asks: this run as if it were RL of the same adapters, which takes more."""
+    """What vlm.memory.choose asks: this run as if it were RL of adapters, which takes more (--full: far less)."""
     return Settings(task=settings.task, rank=settings.rank, target_modules=settings.target_modules, cot=settings.cot,
                     micro_batch_size=settings.micro_batch_size,
                     gradient_checkpointing=settings.gradient_checkpointing, **settings.world)

@@ -248,7 +248,10 @@ def test_games_refuse_what_makes_no_sense():
     ("blackjack", {"over": 0}), ("blackjack", {"episode_return": float("nan")}), ("blackjack", {"steps": -1}),
     ("blackjack", {"generator": {"bit_generator": "MT19937"}}), ("blackjack", {"generator": 7}),
     ("numberline", {"target": 6}), ("numberline", {"current": "3"}), ("numberline", {"steps": 11}),
-    ("points24", {"cards": [1, 2, 3]}), ("points24", {"formula": ["99"]}), ("points24", {"formula": ["="]}),
+    ("numberline", {"target": 2, "current": 2}), ("points24", {"cards": [1, 2, 3]}),
+    ("points24", {"steps": 1, "formula": ["99"]}), ("points24", {"steps": 1, "formula": ["="]}),
+    ("points24", {"steps": 1, "formula": [1]}), ("points24", {"steps": 0, "formula": ["("]}),
+    ("points24", {"steps": 3, "cards": [0, 1, 2, 3], "formula": ["1", "+", "7"]}),
     ("ezpoints", {"cards": [1, True]}), ("ezpoints", {"cards": [1, None]})])
 def test_a_state_that_cannot_be_is_refused_and_changes_nothing(task, changes):
     game = GAMES[task]()
@@ -331,6 +334,16 @@ def test_numberline_draws_its_thirty_deals_uniformly_and_random_play_wins_27_per
 
 def cards(*ranks):
     return [4 * draw.RANKS.index(rank) for rank in ranks]
+
+
+def test_every_symbol_of_a_long_formula_is_drawn():
+    game = GAMES["points24"]()
+    game.reset(seed=0)
+    game.set_state(game.get_state() | {"cards": cards("10", "J", "Q", "K")})
+    legal, picture = list(game.legal_actions()), game.observe()[0]
+    for symbol in ["10", "+"] * 4 + ["("] * 11:                         # 19 symbols: the second line, which is cut low
+        before, (picture, *_) = picture, game.step(legal.index(symbol))
+        assert (before != picture).any(), game.formula
 
 
 def test_formula_games_by_hand():
@@ -1107,7 +1120,13 @@ def test_the_memory_plan_is_what_autograd_keeps(shipped):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_gradient_checkpointing_changes_nothing(agent, shipped, every):
-    saving = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=3, gradient_checkpointing=every)
+    """Although it needs train mode: whatever dropout a model's configuration brought is off."""
+    model = copy.deepcopy(shipped[0])
+    dropping = [module for module in model.modules() if isinstance(getattr(module, "dropout", None), float)]
+    for module in dropping:
+        module.dropout = 0.1
+    saving = Policy(model, shipped[1], rank=8, seed=3, gradient_checkpointing=every)
+    assert dropping
     shake(agent), shake(saving)
     prompts, responses = samples_of(agent, 1)
     for one in (agent, saving):
@@ -1335,6 +1354,8 @@ def test_diagnostics_by_hand():
     assert ppo.explained_variance(returns, returns) == 1.0
     assert ppo.explained_variance(torch.full((3,), 2.0), returns) == 0.0
     assert ppo.explained_variance(returns, torch.ones(3)) is None
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    assert ppo.explained_variance(noise, (-1 - noise) + noise) is None              # as gae adds them up
 
 
 class Bandit(torch.nn.Module):
@@ -1480,6 +1501,25 @@ def test_what_is_not_finite_stops_the_run_before_a_step(column, value, message):
         ppo.ppo_update(policy, torch.optim.Adam(policy.groups(logits=0.1, worth=0.1)), rollout, options,
                        torch.Generator())
     assert policy.logits.tolist() == [0.0, 0.0]
+
+
+def test_a_model_that_has_diverged_draws_no_answer(agent, tmp_path):
+    """Not the first token, as argmax of nan is, nor torch's own error: a sentence. Nor does sft.py take a bad step."""
+    game = GAMES["numberline"]()
+    picture, info = game.reset(seed=0)
+    prompts = agent.encode([picture], [parse.make_prompt(game, info)])
+    learns = next(parameter for name, parameter in agent.trainable() if "lora_B" in name)
+    optimizer = torch.optim.Adam([learns], lr=1e-3)
+    hook = learns.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    one = sft.Demonstration(picture, parse.make_prompt(game, info), parse.make_answer("I choose +.", "+"))
+    with pytest.raises(FloatingPointError, match="norm inf|norm nan"):
+        sft.step(agent, [learns], optimizer, [one], 1)
+    hook.remove()
+    assert learns.isfinite().all() and not optimizer.state
+    shake(agent, size=1e30)
+    for greedy in (False, True):
+        with pytest.raises(FloatingPointError, match="it has diverged.*smaller --lr"):
+            agent.generate(prompts, torch.Generator().manual_seed(0), 8, greedy=greedy)
 
 
 # ---- train.py, eval.py ---------------------------------------------------------------------------------------------
@@ -2186,8 +2226,41 @@ def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
             train.main([*command, "--model", str(POCKET)])
         train.main([*command, "--model", str(tmp_path / "all" / "model")])
         assert len(recorded.metrics(tmp_path / "all" / "run")) == 4
+        (tmp_path / "all" / "model").rename(tmp_path / "all" / "again")                 # of a finished run, too
+        asked = ["--task", "numberline", "--run", str(tmp_path / "all" / "run"), "--episodes", "1"]
+        with pytest.raises(SystemExit, match="which is not there: .*--model with --resume"):
+            evaluation.main(asked)
+        train.main([*command, "--model", str(tmp_path / "all" / "again")])
+        evaluation.main(asked)
     finally:
         model.with_name("elsewhere").rename(model)
+
+
+def test_held_out_games_of_another_policy_are_not_taken_for_this_ones(stopped_run, tmp_path, capsys):
+    """eval.json is trusted only where this policy wrote it: not one that eval.py left there in mid-run."""
+    command = [*stopped_run[1][:-1], "4", "--out", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(train, "save", stop_at(2, checkpoint.save))
+        with pytest.raises(SystemExit):
+            train.main(command)
+    result = tmp_path / "run" / "eval.json"
+    evaluation.main(["--task", "numberline", "--policy", "expert", "--episodes", "4", "--out", str(result)])
+    train.main([*command, "--resume"])
+    found = json.loads(result.read_text())
+    assert found["update"] == 4 and "policy" not in found
+    edit(result, success=2.0)                               # to be recognised: what this policy wrote is played once
+    train.main([*command, "--resume"])
+    assert json.loads(result.read_text())["success"] == 2.0 and "end: success 200.0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"task": ...}, {"out": ...}, {"temperature": None}, {"num_steps": None}])
+def test_settings_that_are_damaged_are_told_by_eval_in_a_sentence(stopped_run, tmp_path, changes):
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text()) | changes
+    (tmp_path / "run" / "config.json").write_text(json.dumps(
+        {name: value for name, value in settings.items() if value is not ...}))
+    with pytest.raises(SystemExit, match="config.json cannot be used|in its config.json"):
+        evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "1"])
 
 
 def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys, monkeypatch):
@@ -2204,7 +2277,8 @@ def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_
 
 
 def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path):
-    for names in (["checkpoint-000001/weights.bin"], ["checkpoint-best/x"], ["metrics.jsonl"]):
+    for names in (["checkpoint-000001/weights.bin"], ["checkpoint-best/x"], ["metrics.jsonl"], ["eval.json"],
+                  ["sft/adapter_config.json"]):
         folder = tmp_path / names[0].split("/")[0].split(".")[0]
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -181,7 +181,8 @@ def held_out(run, when, path):
     asked = at_most(settings.eval_episodes, settings.world), settings.eval_seed
     with foreign(path):
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if (result.get("episodes"), result.get("seed")) != asked:       # one that fits is this very policy's
+    # one that fits was played by this very policy before the run was stopped; eval.py's files have no "update"
+    if (result.get("update"), result.get("episodes"), result.get("seed")) != (run.update, *asked):
         parallel.say(f"playing {asked[0]} held-out games (--eval-episodes) …")
         run.policy.temperature = settings.temperature_at(run.update)
         player = model_player(run.policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
@@ -191,7 +192,7 @@ def held_out(run, when, path):
             if run.board:
                 watch = run.board.filming(path, watch)
             result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
-                              settings.cot, watch, settings.world)
+                              settings.cot, watch, settings.world) | {"update": run.update}
         write_whole(path, json.dumps(result) + "\n")
     success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
     read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""

@@ -201,7 +201,5 @@ def put_formula(canvas, text, y, size=24):
         sprite = word(symbol, size)
         if x + sprite.shape[1] > SIZE - 10:
             x, y = 14, y + size
-        if y + sprite.shape[0] > SIZE:     # a formula of forty symbols runs off the table
-            return
-        put(canvas, sprite, x, y)
+        put(canvas, sprite[:max(0, SIZE - y)], x, y)        # of a second line blank rows are below the table
         x += sprite.shape[1] + 1

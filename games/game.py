@@ -94,6 +94,7 @@ class Game(gymnasium.Env):
         return {"game": type(self).__name__, **state, "generator": self.np_random.bit_generator.state}
 
     def set_state(self, state):
+        """Go on from what get_state returned; ValueError where it is no state of this game: nothing changes then."""
         names = {*self.fields, "steps", "episode_return", "over", "generator", "game"}
         if set(state) != names or state["game"] != type(self).__name__:
             raise ValueError(f"not a state of {type(self).__name__}: expected the keys {sorted(names)}, "

@@ -162,6 +162,8 @@ class Settings(ModelSettings):
                      "play_batch_size", "reward_scale", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 return f"{_flag(name)} must be above 0"
+        if min(self.temperature or 1, self.temperature_end or 1) < 1e-3:
+            return "--temperature and --temperature-end must be 0.001 or more: logits are divided by them"
         for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "sft_steps",
                      "gradient_checkpointing", "imitation"):
             if (getattr(self, name) or 0) < 0:
