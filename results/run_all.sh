@@ -163,8 +163,10 @@ runs() {
         echo train blackjack-lambda-$cot_lambda-seed1 10000 --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
     done
     # best effort: taught the expert's own labels first, up to an hour a game
-    echo best points24-best-seed1 1000 3000 --seed 1 $plain
-    echo best blackjack-best-seed1 10000 1000 --seed 1 --lr 5e-5
+    for seed in 1 2 3; do
+        echo best blackjack-best-seed$seed 10000 1000 --seed $seed --lr 5e-5
+        echo best points24-best-seed$seed 1000 3000 --seed $seed $plain
+    done
     # frozen vision features and an MLP over the actions
     for seed in 1 2 3; do
         for task in blackjack points24 numberline ezpoints; do
