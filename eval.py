@@ -71,7 +71,8 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
     episodes = at_most(episodes, world)
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
-    world, kinds = ({"split": "held out"} if task == "alfworld" else {}) | (world or {}), [None] * episodes
+    kinds = [None] * episodes
+    world = ({"split": "held out"} if task == "alfworld" else {}) | (world or {})
     decisions, waiting = [], iter(range(episodes))
     slots = [Slot(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
     for slot in slots:
@@ -179,7 +180,7 @@ def check_options(options, given):
     if not options.model and {"cot", "bits"} & set(given):
         raise ValueError("--cot and --bits are for --model: a run has its own, a policy none")
     if options.policy and "temperature" in given:
-        raise ValueError("--temperature is for a model or a run: a policy draws no tokens")
+        raise ValueError("--temperature is for a model or a run: random, expert and the like draw no tokens")
     if options.endpoint and (not options.model or "bits" in given):
         raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
     if options.greedy and options.policy:
@@ -279,7 +280,7 @@ def play_all(options, given):
         print(f"note: without ALFWorld: {error}")
     for task in tasks:
         if task in (tasks[0], "alfworld"):                      # whose pocket model is another, and its defaults too
-            policy = None                                       # its memory first
+            policy = None                                       # free the old model before the next is loaded
             policy, name, settings = find_policy(options, given, task)
         if policy and options.model and "temperature" not in given:
             policy.temperature = start_temperature(task, policy.model)

@@ -26,8 +26,8 @@ KEPT = 32_768               # answers, the newest: a run of 15,000 steps on Poin
 class WonGames:
     """The answers of won games, each (the game's state before it, its token ids); plain JSON, so a checkpoint has it.
 
-    waiting: of each game in play its answers so far, for an episode may span rollouts. Left out is what the game was
-    won in spite of: a step that was punished (a number that is on no card), an answer that named no action.
+    waiting: of each game in play its answers so far, for an episode may span rollouts. Not kept: steps with a negative
+    reward (a number that is on no card) and answers that named no action; the game was won in spite of them.
     """
 
     def __init__(self, games: int):
@@ -56,15 +56,17 @@ class WonGames:
 def imitate(policy, optimizer, won, game, settings, generator: torch.Generator) -> dict:
     """Take up to settings.imitation steps on minibatches of kept answers; return their mean loss, None without one.
 
-    The loss is −log π(answer) a token, at the policy's temperature. game: a game of the run's task, to draw the kept
-    states with; its own state is as before afterwards. No answer comes twice in one call, and only whole minibatches
-    are taken, the same number by all processes. FloatingPointError where a loss or a gradient is not finite.
+    The loss is −log π(answer) a token, at the policy's temperature; the optimiser is PPO's, with its moments and rate;
+    target_kl does not limit it. game: a game of the run's task, to draw the kept states with; its own state is as
+    before afterwards. No answer comes twice in one call, and only whole minibatches are taken, the same number by all
+    processes. FloatingPointError where a loss or a gradient is not finite.
     """
     size = settings.minibatch_size // parallel.size()
     most = min(settings.imitation, parallel.concat(torch.tensor([len(won.kept) // size])).min().item())
     before, kept, losses = game.get_state(), list(won.kept), []
     for batch in torch.randperm(len(kept), generator=generator)[:most * size].view(most, size).tolist():
-        optimizer.zero_grad(set_to_none=True)               # none, not zero: Adam's momentum would move the value head
+        # subtle: no gradient, not one of zero, with which Adam's momentum would still move the value head
+        optimizer.zero_grad(set_to_none=True)
         answers = [kept[i][1] for i in batch]
         tokens, total = sum(map(len, answers)), torch.zeros(1)
         for k in range(0, size, settings.micro_batch_size):

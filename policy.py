@@ -151,7 +151,9 @@ class Policy(nn.Module):
         return [list(row) + [self.tokenizer.eos_token_id] for row in ids]
 
     def _collate(self, prompts, responses=None, shape=None):
-        """Left-pad the prompts to P, right-pad the responses to T: (ids, mask, positions) of (…, B, P+T), P and T.
+        """Left-pad the prompts to P, right-pad the responses to T; return ids, mask, positions, P, T.
+
+        ids, mask: (B, P+T); positions: the same, or (3, B, P+T) where the family has M-RoPE.
 
         Every prompt ends at P-1 and every response begins at P, whatever their lengths. shape: (rows, P, T) to pad to;
         without one, to the batch's own longest.
@@ -198,7 +200,7 @@ class Policy(nn.Module):
         token, so it cannot see what was answered).
         """
         B = len(prompts)
-        if shape:                                           # what is missing is filled up, and left out of the result
+        if shape:                                           # missing rows are copies of the first; dropped below
             prompts, responses = ([*part, *part[:1] * (shape[0] - B)] for part in (prompts, responses))
         ids, mask, positions, P, T = self._collate(prompts, responses, shape)
         self._set_mode(train=self.gradient_checkpointing and torch.is_grad_enabled())
@@ -269,7 +271,9 @@ class Policy(nn.Module):
             output = self._body(ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
             ends.append(output.last_hidden_state[:, -1])
             caches.append(output.past_key_values)
-        for first, *others in zip(*(cache.layers for cache in caches)) if len(caches) > 1 else ():
+        if len(caches) == 1:
+            return ends[0], caches[0]
+        for first, *others in zip(*(cache.layers for cache in caches)):
             for name in ("keys", "values"):
                 setattr(first, name, torch.cat([getattr(layer, name) for layer in (first, *others)]))
                 for layer in others:

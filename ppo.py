@@ -49,7 +49,10 @@ def answer_logprob(logp, mask, action_starts, cot_lambda):
 
 
 def policy_loss(logp, old_logp, advantages, clip_coef):
-    """Return (loss, approximate KL, clip fraction), scalars, of answers' logp, old_logp and advantages, each (B,)."""
+    """Return (loss, approximate KL, clip fraction), scalars.
+
+    logp, old_logp (answer_logprob's, so the KL is that of λ-weighted answers) and advantages: each (B,).
+    """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
@@ -88,7 +91,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
     for the order of samples. Under torchrun every process passes its own samples, 1/size of each minibatch.
     Raises FloatingPointError where a loss or a gradient is not finite.
     """
-    history, ratio_error = [], 0.0                          # diagnostics of each minibatch; max |ρ − 1| before a step
+    history, ratio_error = [], 0.0          # each minibatch's diagnostics; the first one's max |ρ − 1|, to be 0
     batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(), settings.update_epochs,
                           generator)
     for number, batch in enumerate(batches):
@@ -108,7 +111,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
             sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
         norms = prepare_step(optimizer, sums, settings)
         history.append([*sums.tolist(), norms[0].item()])
-        _, _, approx_kl, _ = sums
+        approx_kl = sums[2]                                 # by now the mean over the processes
         if settings.target_kl and approx_kl > settings.target_kl:
             learn_values(policy, optimizer, rollout, settings, batches[number:])
             break                                           # too far from the policy that sampled: no further step
@@ -129,7 +132,8 @@ def learn_values(policy, optimizer, rollout, settings, batches):
     hidden = torch.cat([policy.prompt_hidden(rollout.prompts[k:k + size])
                         for k in range(0, len(rollout.prompts), size)])                     # (S, D)
     for batch in batches:
-        optimizer.zero_grad(set_to_none=True)               # none, not zero: Adam's momentum would move the policy
+        # subtle: no gradient, not one of zero, with which Adam's momentum would still move the policy
+        optimizer.zero_grad(set_to_none=True)
         loss = value_loss(policy.value_head(hidden[batch]), rollout.returns[batch].to(hidden.device))
         loss.backward()
         prepare_step(optimizer, loss.detach().cpu(), settings)

@@ -65,9 +65,9 @@ class Rollout:
 
     collect fills the first block, score_rollout the second, add_advantages the third.
     """
-    rewards: torch.Tensor               # (L, N), as the games pay, and Game.unnamed_reward
+    rewards: torch.Tensor               # (L, N), the games', and Game.unnamed_reward for an answer that named no action
     terminated: torch.Tensor            # (L, N) 1 where the step ended its episode
-    truncated: torch.Tensor             # (L, N) 1 where the step was its episode's last allowed one
+    truncated: torch.Tensor             # (L, N) 1 where time ran out before the episode had ended
     prompts: list = field(default_factory=list)         # S policy.Prompt: what was put in
     responses: list = field(default_factory=list)       # S lists of token ids: what was sampled
     choices: list = field(default_factory=list)         # S Choice: how they were read

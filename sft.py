@@ -163,7 +163,7 @@ def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_
 
 
 def learning(policy):
-    """[(name, parameter)] of what supervised fine-tuning moves: all but the value head."""
+    """[(name, parameter)] of what writes the answers: all that learns but the value head."""
     return [(name, parameter) for name, parameter in policy.trainable() if not name.startswith("value_head")]
 
 

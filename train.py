@@ -36,7 +36,7 @@ from plumbing.errors import ModelError, foreign, in_words, unheard
 from plumbing.settings import ModelSettings, Settings, default_of, read_settings
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from sft import SFTSettings, policy_for, run_sft
+from sft import SFTSettings, learning, policy_for, run_sft
 from vlm.loading import find_model, is_small, open_model
 
 
@@ -50,8 +50,7 @@ class Run:
         self.settings, self.policy, self.update = settings, policy, 0
         self.board = board
         self.checkpoint = None                              # the folder that holds it as of the last save or load
-        head = list(policy.value_head.parameters())
-        answers = [parameter for name, parameter in policy.trainable() if not name.startswith("value_head")]
+        head, answers = list(policy.value_head.parameters()), [parameter for _, parameter in learning(policy)]
         self.optimizer = torch.optim.Adam([{"params": answers, "lr": settings.lr},
                                            {"params": head, "lr": settings.value_lr}], eps=1e-7)     # the paper's
         # One seed, independent streams: for each process its tokens, fallback actions and order of samples; and one for

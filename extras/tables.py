@@ -47,9 +47,10 @@ def markdown(head, rows):
 def table():
     """The main table: held-out success in %, mean ± half of its 95 % interval over the seeds; the paper's rows."""
     starts = {task: baseline(task, "start") for task in PAPER}
-    alone = starts | {"points24": baseline("points24", "start-temperature-0.5")}
-    rows = [[name, *_with_average([f"{value:.1f}" for value in found.values()])]
-            for name, found in (("SFT, where RL starts", starts), ("SFT, where PPO alone starts", alone))]
+    rows = [[f"SFT start; Points24 at temperature {at}",
+             *_with_average([f"{share:.1f}" for share in (starts | {"points24": baseline("points24", file)}).values()])]
+            for at, file in (("0.5, where PPO alone starts", "start-temperature-0.5"), ("0.3, where RL starts", "start"),
+                             ("0.1, where RL ends", "start-temperature-0.1"))]
     for name, variant in (("**RL**", ""), ("RL, PPO alone", "plain"), ("RL without CoT", "no-cot"),
                           ("RL on features, no language model", "features")):
         folders = [runs(task, variant) or runs(task) for task in PAPER]             # "plain": Points24 alone differs
@@ -58,7 +59,7 @@ def table():
                    zip(*(finals([folder for folder in own if folder.name[-1] in common]) for own in folders))]
         rows.append([name, *(f"**{shown(values)}**" if not variant else shown(values)
                              for values in (*map(finals, folders), average))])
-    rows.append(["exact ceiling", *_with_average([str(CEILING[task]) for task in PAPER])])
+    rows.append(["exact ceiling: solvable deals; best play", *_with_average([str(CEILING[task]) for task in PAPER])])
     for name, key in (("SFT, 7B", "SFT"), ("RL, 7B", "RL"), ("RL without CoT, 7B", "no CoT"), ("CNN + RL", "CNN"),
                       ("GPT-4V", "GPT-4V"), ("Gemini", "Gemini")):
         rows.append([f"the paper: {name}", *_with_average([str(PAPER[task][key]) for task in PAPER]),

@@ -63,13 +63,14 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
     local begun=$SECONDS start="runs/$task-best-sft" more=""
     [ -f "results/runs/$name/eval.json" ] && return
     mkdir -p runs
-    exec 8> "$start.lock"; flock -n 8 || { echo "$start is being made elsewhere"; return 1; }
+    exec 8> "$start.lock"; flock 8                              # the other seeds wait for the one that makes it
     if [ ! -f "$start/config.json" ]; then
         [ -f "$start/sft.json" ] && more=--resume
         python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start" ${more:-} \
             > "$start.log" 2>&1 || { echo "$name failed: $start.log"; return 1; }
         echo "{\"steps\": $steps, \"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/baselines/$task-best-sft.json"
     fi
+    flock -u 8
     evaluate "$task-best-start" "$games" --task "$task" --model "$start" --temperature 0.5
     train "$name" "$games" --task "$task" --model "$start" "$@"
 }
