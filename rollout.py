@@ -32,6 +32,11 @@ class Choice(NamedTuple):
     action_start: int = None    # the token where the action part begins
 
 
+def encode_states(policy, games, pictures, infos, cot=True):
+    """policy.encode's Prompts of the games' present states: each one's picture and its text (parse.make_prompt)."""
+    return policy.encode(pictures, [make_prompt(game, info, cot) for game, info in zip(games, infos)])
+
+
 def act(policy, games: list, pictures, infos: list[dict], generator: torch.Generator, fallback: np.random.Generator,
         cot=True, max_new_tokens=256, greedy=False, batch_size=64):
     """Let the policy answer in one state of each of several games, `batch_size` answers at a time.
@@ -39,8 +44,7 @@ def act(policy, games: list, pictures, infos: list[dict], generator: torch.Gener
     generator: torch.Generator for the tokens; fallback: numpy Generator for answers that name no legal action.
     Returns (prompts, responses, Choices), each as long as games.
     """
-    texts = [make_prompt(game, info, cot) for game, info in zip(games, infos)]
-    prompts = policy.encode(pictures, texts)
+    prompts = encode_states(policy, games, pictures, infos, cot)
     responses = []
     for k in range(0, len(prompts), batch_size):
         responses += policy.generate(prompts[k:k + batch_size], generator, max_new_tokens, json_closed, greedy)
@@ -119,13 +123,13 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
             rollout.terminated[t, n], rollout.truncated[t, n] = terminated, truncated
             if truncated:
                 # subtle: a truncated episode is worth V of its own last state, which the next reset throws away
-                rollout.cut_off.append((t, n, _encode(policy, [game], [(picture, info)], settings)[0]))
+                rollout.cut_off.append((t, n, encode_states(policy, [game], [picture], [info], settings.cot)[0]))
             if terminated or truncated:
                 rollout.episodes.append((game.episode_return, info["is_success"]))
                 picture, info = game.reset()
             observations[n] = picture, info
         progress(settings.num_envs)
-    rollout.last_prompts = _encode(policy, games, observations, settings)
+    rollout.last_prompts = encode_states(policy, games, *zip(*observations), settings.cot)
     rollout.action_starts = torch.tensor([choice.action_start for choice in rollout.choices])
     rollout.shapes = padded_shapes(rollout.prompts, rollout.responses, settings)
     return rollout
@@ -145,9 +149,9 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
     short, long = lengths[len(lengths) * 95 // 100], lengths[-1]
     if P + long <= 1.1 * (P + short):
         short = long
-    share = settings.minibatch_size // parallel.size()                      # of a minibatch; more would be filling
-    few, most = (min(settings.micro_batch_size, rows) for rows in (math.ceil(share / 16), share))
-    shapes = Shape(most, P, short), Shape(few, P, long)
+    own = settings.minibatch_size // parallel.size()                        # of a minibatch; more would be filling
+    shapes = (Shape(min(settings.micro_batch_size, own), P, short),
+              Shape(min(settings.micro_batch_size, math.ceil(own / 16)), P, long))
     return [shapes[len(response) > short] for response in responses]
 
 
@@ -217,12 +221,6 @@ def play_metrics(rollout: Rollout, settings) -> dict:
 def value_metrics(rollout):
     return {"explained_variance": explained_variance(parallel.concat(rollout.old_values),
                                                      parallel.concat(rollout.returns))}
-
-
-def _encode(policy, games, observations, settings):
-    """Prompts of the games' present states, [(picture, info)]."""
-    pictures, infos = zip(*observations)
-    return policy.encode(pictures, [make_prompt(game, info, settings.cot) for game, info in zip(games, infos)])
 
 
 def _batched(function, prompts, settings):

@@ -6,8 +6,8 @@
 
 The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs` that PPO uses, at
 temperature 1. --label-noise is the share of action labels replaced by uniformly random ones: 1.0 teaches reading and
-format but random play; extras/pocket.py has the shares that start near the paper's SFT row. LoRA adapters by default;
---full trains all weights. train.py does this by itself before RL where it is given plain large weights.
+format but random play; extras/pocket.py has the shares that start at or above the paper's SFT row. LoRA adapters by
+default; --full trains all weights. train.py does this by itself before RL where it is given plain large weights.
 Does not handle: several processes.
 """
 
