@@ -156,14 +156,17 @@ def lambdas():
 
 
 def trust_regions():
-    """NumberLine, seed 1: how far λ lets an answer move, set by other means (results/tried/README.md)."""
-    folders = {"λ = 0.1": "runs/numberline-lambda-0.1-seed1",
-               "λ = 1, clip 0.9, `target_kl` 10": "tried/lambda-1-wide-numberline-seed1",
-               "λ = 1": "runs/numberline-lambda-1-seed1",
-               "λ = 0.1, clip 0.01, `target_kl` 0.001": "tried/lambda-0.1-narrow-numberline-seed1"}
-    rows = [[name, *(f"{100 * row['success']:.0f}" for row in metrics(RESULTS / folder)[:6])]
-            for name, folder in folders.items()]
-    return markdown(["success in rollout, %", *map(str, range(1, 7))], rows)
+    """NumberLine, mean of the seeds: how far λ lets an answer move, set by other means (results/tried/README.md)."""
+    folders = {"λ = 0.1": "runs/numberline-lambda-0.1-seed*",
+               "λ = 1, clip 0.9, `target_kl` 10": "tried/lambda-1-wide-numberline-seed*",
+               "λ = 1": "runs/numberline-lambda-1-seed*",
+               "λ = 0.1, clip 0.01, `target_kl` 0.001": "tried/lambda-0.1-narrow-numberline-seed*"}
+    rows = []
+    for name, pattern in folders.items():
+        rollouts = zip(*map(metrics, sorted(RESULTS.glob(pattern))))                # of each, one row a seed
+        rows.append([name, *(f"{100 * statistics.fmean(row['success'] for row in seeds):.0f}"
+                             for seeds in itertools.islice(rollouts, 8))])
+    return markdown(["success in rollout, %", *map(str, range(1, 9))], rows)
 
 
 def best_effort():
@@ -213,6 +216,16 @@ def plans():
             rows.append([f"{task}: {name}", *shares, f"{100 * result['success']:.1f} %"])
     return markdown(["formula games", "plan right while a solution is in reach", "next symbol follows the plan",
                      "success"], rows)
+
+
+def sampling():
+    """Points24 at the temperature where PPO alone plays, and where RL ends: what is sampling, what is learned."""
+    alone = runs("points24", "plain")
+    rows = [["SFT start", *(f"{baseline('points24', f'start-temperature-{at}'):.1f}" for at in ("0.5", "0.1"))],
+            ["RL, PPO alone", shown(finals(alone)), shown([
+                baseline("points24", f"{folder.name.removeprefix('points24-')}-temperature-0.1") for folder in alone])],
+            ["**RL**", "–", f"**{shown(finals(runs('points24')))}**"]]
+    return markdown(["points24, success, %", "at temperature 0.5", "at 0.1"], rows)
 
 
 def experience():
@@ -281,5 +294,5 @@ def survived():
 def tables():
     """All of them, without those that no run stands behind yet."""
     makers = (table, references, seeds, families, households, lambdas, trust_regions, best_effort, decisions, plans,
-              experience, value_heads, settings_tried, speed_choices, survived)
+              sampling, experience, value_heads, settings_tried, speed_choices, survived)
     return [text for make in makers if (text := make())]

@@ -38,9 +38,16 @@ finish() {   # finish NAME COMMAND…: play the held-out games, which end in run
     echo "$name done"
 }
 
-evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is not trained by RL
+needs() {   # needs NAME ARGUMENTS…: whether the run of --run or --won-by, where there is one, is finished
+    local learner
+    learner=$(grep -oP -- '--(run|won-by) \K\S+' <<< "$*" || true)
+    [ -z "$learner" ] || [ -f "$learner/eval.json" ] || { echo "$1 needs $learner first: run this again"; return 1; }
+}
+
+evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is not trained by RL, or otherwise sampled
     local name=$1 games=$2; shift 2
     [ -f "results/baselines/$name.json" ] && return
+    needs "$name" "$@" || return 1
     mkdir -p runs
     python eval.py "$@" --episodes "$games" --out "results/baselines/$name.json" > "runs/$name.log" 2>&1 ||
         { echo "$name failed: runs/$name.log"; return 1; }
@@ -48,10 +55,9 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games with what is n
 }
 
 plans() {   # plans NAME ARGUMENTS…: what the written plans of Points24 are worth
-    local name=$1 learner; shift
+    local name=$1; shift
     [ -f "results/baselines/$name.json" ] && return
-    learner=$(grep -oE 'runs/[^ ]+' <<< "$*" || true)           # of --run or --won-by
-    [ -z "$learner" ] || [ -f "$learner/eval.json" ] || { echo "$name needs $learner first: run this again"; return 1; }
+    needs "$name" "$@" || return 1
     mkdir -p runs
     python -m extras.plans "$@" --out "results/baselines/$name.json" > "runs/$name.log" 2>&1 ||
         { echo "$name failed: runs/$name.log"; return 1; }
@@ -109,9 +115,12 @@ runs() {
             echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
         done
     done
-    # Points24 without what is ours there; its start at the temperature of these runs, and where the main table's end
+    # Points24 without what is ours there; these, and its start, at the temperature where the main table's runs end
     for seed in 1 2 3; do
         echo train points24-plain-seed$seed 1000 --model pocket --task points24 --seed $seed $plain
+    done
+    for seed in 1 2 3; do
+        echo evaluate points24-plain-seed$seed-temperature-0.1 1000 --task points24 --run runs/points24-plain-seed$seed --temperature 0.1
     done
     # four times the steps, more exploring at first
     echo train points24-60000-steps-seed1 1000 --model pocket --task points24 --seed 1 --temperature 0.5 --temperature-end 0.1 --total-timesteps 60000
@@ -182,6 +191,6 @@ runs() {
     done
 }
 
-export -f train features learn finish evaluate plans best family
+export -f train features learn finish needs evaluate plans best family
 mkdir -p results/baselines
 runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
