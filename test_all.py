@@ -3789,9 +3789,8 @@ def test_each_result_belongs_to_its_command():
         script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", command).groups()
         given = vars(PARSERS[script]().parse_args(shlex.split(words)))
         config, end = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
-        name = folder.name.replace("points24-plain", "points24")            # as these were called when they were made
-        assert Path(given["out"]).name == Path(config["out"]).name == name
-        assert Path(end.get("policy", name)).name == name
+        assert Path(given["out"]).name == Path(config["out"]).name == folder.name
+        assert Path(end.get("policy", folder.name)).name == folder.name
         if config["task"] == "alfworld":                    # whose pocket model has a name of its own
             given["model"] = given["model"].replace("pocket", "pocket-alfworld")
         steps = given.get("total_timesteps", 5_000 if config["task"] == "alfworld" else 15_000)
