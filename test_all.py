@@ -1995,7 +1995,7 @@ def test_what_lost_a_formula_game_is_hand_worked():
     (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
     (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
     (["--policy", "random", "--greedy"], "draws no tokens"),
-    (["--policy", "random", "--temperature", "0.1"], "draws no tokens"),
+    (["--policy", "random", "--temperature", "0.1"], "draw no tokens"),
     (["--policy", "random", "--endpoint", "http://localhost:1/v1"], "needs --model NAME")])
 def test_evaluation_says_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit, match=message):
