@@ -1503,7 +1503,7 @@ def test_what_is_not_finite_stops_the_run_before_a_step(column, value, message):
     assert policy.logits.tolist() == [0.0, 0.0]
 
 
-def test_a_model_that_has_diverged_draws_no_answer(agent, tmp_path):
+def test_a_model_that_has_diverged_draws_no_answer(agent):
     """Not the first token, as argmax of nan is, nor torch's own error: a sentence. Nor does sft.py take a bad step."""
     game = GAMES["numberline"]()
     picture, info = game.reset(seed=0)

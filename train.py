@@ -50,7 +50,8 @@ class Run:
         self.settings, self.policy, self.update = settings, policy, 0
         self.board = board
         self.checkpoint = None                              # the folder that holds it as of the last save or load
-        head, answers = list(policy.value_head.parameters()), [parameter for _, parameter in learning(policy)]
+        answers = [parameter for _, parameter in learning(policy)]
+        head = list(policy.value_head.parameters())
         self.optimizer = torch.optim.Adam([{"params": answers, "lr": settings.lr},
                                            {"params": head, "lr": settings.value_lr}], eps=1e-7)     # the paper's
         # One seed, independent streams: for each process its tokens, fallback actions and order of samples; and one for

@@ -51,7 +51,8 @@ def table():
     for at, file in (("0.5, where PPO alone starts", "start-temperature-0.5"), ("0.3, where RL starts", "start"),
                      ("0.1, where RL ends", "start-temperature-0.1")):
         found = starts | {"points24": baseline("points24", file)}
-        rows.append([f"SFT start; Points24 at temperature {at}", *_with_average(map("{:.1f}".format, found.values()))])
+        cells = _with_average([f"{share:.1f}" for share in found.values()])
+        rows.append([f"SFT start; Points24 at temperature {at}", *cells])
     for name, variant in (("**RL**", ""), ("RL, PPO alone", "plain"), ("RL without CoT", "no-cot"),
                           ("RL on features, no language model", "features")):
         folders = [runs(task, variant) or runs(task) for task in PAPER]             # "plain": Points24 alone differs
@@ -70,7 +71,6 @@ def table():
 
 
 def _with_average(cells):
-    cells = list(cells)
     return [*cells, f"{statistics.fmean(map(float, cells)):.1f}"]
 
 

@@ -108,8 +108,8 @@ def claim(folder, resume):
     """Refuse a folder that this program did not write, or cannot go on with; drop what a kill left of its own."""
     folder = Path(folder)
     has_lines = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
-    left = [name for name in ("eval_start.json", "eval.json", "sft") if (folder / name).exists()]
-    if not resume and (has_lines or left or list(folder.glob("checkpoint-*"))):
+    has_results = any((folder / name).exists() for name in ("eval_start.json", "eval.json", "sft"))
+    if not resume and (has_lines or has_results or list(folder.glob("checkpoint-*"))):
         raise ModelError(f"{folder} holds a run's results but no config.json: nothing tells whose they are, so nothing "
                          "is touched; choose another --out")
     if resume and has_lines and not checkpoints(folder):

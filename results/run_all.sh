@@ -76,8 +76,8 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
             > "$start.log" 2>&1 || { echo "$name failed: $start.log"; return 1; }
         echo "{\"steps\": $steps, \"wall_s\": $((SECONDS - begun)), \"cores\": 1}" > "results/baselines/$task-best-sft.json"
     fi
-    flock -u 8
     evaluate "$task-best-start" "$games" --task "$task" --model "$start" --temperature 0.5
+    flock -u 8
     train "$name" "$games" --task "$task" --model "$start" "$@"
 }
 
