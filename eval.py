@@ -143,7 +143,7 @@ def find_policy(options, given, task):
     if options.run:
         policy, own = open_run(options.run)
         policy.temperature = given.get("temperature", policy.temperature)
-        name = own["out"]
+        name = options.run
         if own["task"] != task:
             print(f"note: {name} was trained on {own['task']}")
             del own["num_envs"]                                 # ALFWorld's games are larger than cards
@@ -168,23 +168,31 @@ def make_player(options, policy, settings, task):
 
 def check_options(options, given):
     """ValueError, in words, for what makes no sense; what is to be written is tried."""
+    if empty := [name for name, value in vars(options).items() if value == ""]:
+        raise ValueError(f"--{empty[0]} is empty: an unset variable?")
     for name, value in {"episodes": options.episodes, "concurrency": options.concurrency, **given}.items():
-        if name in ("episodes", "concurrency", "num_envs", "max_new_tokens", "play_batch_size") and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-    if not 0 <= options.seed < 2**31:
-        raise ValueError("--seed must be 0 or more, below 2³¹")
+        if name in ("episodes", "concurrency", "num_envs", "max_new_tokens", "play_batch_size") \
+                and not 1 <= value < 2**31:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, and below 2³¹")
+    if not 0 <= options.seed <= 2**31 - options.episodes:
+        raise ValueError("--seed must be 0 or more, and --seed + --episodes at most 2³¹: training deals begin there")
     task = "alfworld" if options.task == "all" else options.task
     own = {name: given[name] for name in (*WORLD, "temperature") if name in given}
     if problem := Settings(task=task, **own).problem():
         raise ValueError(problem)
     if not options.model and {"cot", "bits"} & set(given):
         raise ValueError("--cot and --bits are for --model: a run has its own, a policy none")
-    if options.policy and "temperature" in given:
-        raise ValueError("--temperature is for a model or a run: random, expert and the like draw no tokens")
+    if options.policy and (idle := {"temperature", "max_new_tokens", "play_batch_size"} & set(given)):
+        raise ValueError(f"--{idle.pop().replace('_', '-')} is for a model or a run: random, expert and the like draw "
+                         "no tokens")
+    if options.greedy and "temperature" in given:
+        raise ValueError("--greedy takes the likeliest token: there is no --temperature")
     if options.endpoint and (not options.model or "bits" in given):
         raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
     if options.greedy and options.policy:
         raise ValueError("--greedy is for a model: a policy draws no tokens")
+    if options.out and options.out == options.render:
+        raise ValueError("--out and --render must be two files")
     if options.transcripts and not options.endpoint:
         raise ValueError("--transcripts is for --endpoint")
     if options.task == "all" and (options.render or (options.policy or "").startswith(("always", "heuristic"))):

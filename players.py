@@ -19,7 +19,7 @@ from games.household import next_step
 from plumbing.checkpoint import newest_checkpoint
 from plumbing.errors import ModelError, foreign
 from plumbing.manifest import check
-from plumbing.settings import WORLD, Settings, fill_in
+from plumbing.settings import WORLD, Settings, as_settings, fill_in
 from policy import Policy
 from rollout import Choice, act
 from vlm.loading import is_small, open_model
@@ -80,10 +80,10 @@ def open_run(run):
     check(last)
     config = Path(run) / "config.json"
     with foreign(config):
-        settings = dict(json.loads(config.read_text(encoding="utf-8")))
+        settings = as_settings(Settings, json.loads(config.read_text(encoding="utf-8")))
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the program that made it")
-    if missing := {"task", "model", "out", *PLAY_SETTINGS} - {*WORLD, *settings}:
+    if missing := {"task", "model", *PLAY_SETTINGS} - {*WORLD, *settings}:
         raise ModelError(f"{run} was written by another version of this program (no {', '.join(sorted(missing))} in "
                          "its config.json): evaluate it with that version")
     # a folder of before there was a temperature_end has a constant one

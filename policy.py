@@ -111,7 +111,8 @@ class Policy(nn.Module):
         self.end_tokens = self.family.end_tokens()
         # Never sampled, and out of the scored distribution too.
         suppress_tokens = torch.arange(model.get_output_embeddings().weight.shape[0]) >= len(self.tokenizer)
-        suppress_tokens[self.family.suppressed_tokens()] = True
+        with foreign("the tokenizer, which does not fit the model,"):
+            suppress_tokens[self.family.suppressed_tokens()] = True
         self.register_buffer("suppress_tokens", suppress_tokens.to(model.device), persistent=False)        # (V,) bool
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
@@ -242,8 +243,8 @@ class Policy(nn.Module):
         for length in range(1, max_new_tokens + 1):
             logp = self._log_softmax(hidden)                                      # (B, V)
             if logp.isnan().any():
-                raise FloatingPointError("the model's log-probabilities are not finite: it has diverged; start a new "
-                                         "run (--out) with a smaller --lr or --bits 32")
+                raise FloatingPointError("the model's log-probabilities are not finite: its files are damaged, or it "
+                                         "has diverged; then start a new run (--out) with a smaller --lr or --bits 32")
             if greedy:
                 drawn = logp.argmax(-1, keepdim=True)
             else:

@@ -296,8 +296,8 @@ def as_rl(settings):
 
 def clean_up(folder):
     """Drop what a finished run needs no more; a kill may have left it."""
-    for left in (folder / "result.part", *checkpoints(folder), *folder.glob("checkpoint-*.gone"),
-                 *folder.glob("checkpoint-*.part")):
+    own = [whole for whole in checkpoints(folder) if (whole / "weights.safetensors").exists()]      # not train.py's
+    for left in (folder / "result.part", *own, *folder.glob("checkpoint-*.gone"), *folder.glob("checkpoint-*.part")):
         shutil.rmtree(left, ignore_errors=True)
 
 

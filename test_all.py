@@ -86,7 +86,7 @@ from extras.endpoint import EndpointPlayer
 from extras.film import Film
 from games import draw, expert, household, houses
 from games.formula import evaluate, solutions
-from games.statistics import Decision, count_endings, plan_statistics, refused
+from games.statistics import Decision, count_endings, decision_statistics, plan_statistics, refused
 from plumbing import card, checkpoint, manifest, parallel
 from plumbing import settings as run_settings
 from plumbing.settings import Settings
@@ -346,6 +346,17 @@ def test_every_symbol_of_a_long_formula_is_drawn():
         assert (before != picture).any(), game.formula
 
 
+def test_numberlines_marker_stands_over_the_current_number():
+    game = GAMES["numberline"]()
+    game.reset(seed=0)
+
+    def marked(current, target):
+        game.current, game.target = current, target
+        return np.flatnonzero((game.observe()[0][204:220] == draw.GOLD).all(-1).any(0)).mean()
+
+    assert marked(1, 4) == marked(1, 5) < marked(2, 4)
+
+
 def test_formula_games_by_hand():
     _, steps, info = play("ezpoints", ["2", "+", "10", "="], cards=cards("2", "K"))
     assert steps == [(0, ""), (0, ""), (0, ""), (10, "t")] and info["is_success"]
@@ -365,6 +376,8 @@ def test_formula_games_by_hand():
     assert steps[-1] == (0, "x") and steps[-2] == (0, "")
     wide = GAMES["points24"](face_cards_as_10=False)
     assert "13" in wide.actions and wide.reset(seed=0)[1]["numbers"]
+    wide.cards = cards("K", "Q", "J", "2")
+    assert sorted(wide.observe()[1]["numbers"]) == [2, 11, 12, 13]
 
 
 @given(strategies.lists(strategies.sampled_from(["1", "2", "3", "10", "+", "-", "*", "/", "(", ")"]), max_size=9))
@@ -617,6 +630,25 @@ def test_demonstrations_are_seeded_and_as_noisy_as_asked(task):
     actions = GAMES[task]().actions
     labels = Counter(parse.parse(d.answer, actions)[0] for d in take(3, 1.0))
     assert sum((labels[x] - 300 / len(actions)) ** 2 / (300 / len(actions)) for x in actions) < 3 * len(actions) + 10
+    assert all(f"I choose {parse.parse(d.answer, actions)[0]}." in d.answer for d in a)         # wrong labels too
+    plain = next(sft.demonstrations(task, 1, cot=False))
+    assert '"thoughts"' not in plain.prompt and '"thoughts"' not in plain.answer
+
+
+@pytest.mark.parametrize("task", ("numberline", "points24"))
+def test_demonstrations_see_what_comes_after_a_mistake_and_only_what_can_be_won(monkeypatch, task):
+    """Half of the games go on with the label, all labels here random; of Points24 every deal has a solution."""
+    game, steps = GAMES[task](**({"solvable_only": True} if task == "points24" else {})), []
+    make = lambda name, **world: (steps.append(world), game)[1]
+    step = game.step
+    monkeypatch.setattr(sft, "make_game", make)
+    monkeypatch.setattr(game, "step", lambda index: (
+        steps.append(game.actions[index] in expert.best_actions(task, game.observe()[1])), step(index))[1])
+    for _ in itertools.islice(sft.demonstrations(task, 0, label_noise=1.0), 60):
+        if task == "points24":
+            assert solutions(tuple(sorted(map(int, game._numbers()))), 24)
+    assert 0.15 < 1 - sum(steps[1:]) / len(steps[1:]) < 0.7
+    assert steps[0] == ({"solvable_only": True} if task == "points24" else {})
 
 
 def test_the_pocket_recipe_is_seeded(shipped, tiny):
@@ -1017,6 +1049,16 @@ def test_adapters_that_peft_wrote_are_read(agent, shipped, tmp_path):
     back = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=9)
     back.load_adapters(tmp_path / "theirs")
     assert torch.equal(back.logprobs(prompts, responses)[0], agent.logprobs(prompts, responses)[0])
+    file = tmp_path / "theirs" / "adapter_model.safetensors"            # numbers that would be cut to 0, ranks, nothing
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file({name: tensor.to(torch.int8) for name, tensor in stored.items()}, file)
+    with pytest.raises(ModelError, match="holds torch.int8"):
+        back.load_adapters(tmp_path / "theirs")
+    for tensors, said in ((stored, "ranks .8., adapter_config.json says 1000000000"), ({}, "ranks ..")):
+        save_file(tensors, file)
+        edit(tmp_path / "theirs" / "adapter_config.json", r=10**9)
+        with pytest.raises(ModelError, match=said):
+            lora.adapter_settings(tmp_path / "theirs")
 
 
 def agent_parts(agent):
@@ -1034,6 +1076,13 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="bends its logits"):
         load_model(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text("{")         # a download that was cut off
+    with pytest.raises(ModelError, match="index.json cannot be used"):
+        memory.stored_bytes(tmp_path)
+    model, processor = load_model(str(tiny))
+    model.config.image_token_id = 10**6
+    with pytest.raises(ModelError, match="tokenizer, which does not fit the model, cannot be used"):
+        Policy(model, processor, rank=2)
     with pytest.raises(ModelError, match="4, 16 or 32"):
         load_model(str(tiny), bits=8)
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 1)
@@ -1336,7 +1385,7 @@ def test_answer_logprob_weighs_thoughts_and_action():
 
 
 def test_gradient_vanishes_exactly_where_clipping_says_so():
-    for advantage, ratio in itertools.product((1.0, -1.0), (0.7, 0.95, 1.0, 1.05, 1.4)):
+    for advantage, ratio in itertools.product((1.0, -1.0), (0.7, 0.895, 0.905, 1.0, 1.095, 1.105, 1.4)):
         logp = torch.tensor([math.log(ratio)], requires_grad=True)
         loss, _, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), 0.1)
         loss.backward()
@@ -1440,6 +1489,31 @@ def test_beyond_its_target_kl_the_value_head_alone_learns_on():
     assert logits[0] == moves[0.0][3][0]                                # the first step is the same
 
 
+def test_diagnostics_are_means_over_the_minibatches_of_every_epochs_own_order():
+    """Rates of 0, so that each minibatch can be recomputed by itself; many clipped answers are no large KL."""
+    batches = ppo.minibatches(64, 16, 2, torch.Generator().manual_seed(3))
+    first, second = sum(batches[:4], []), sum(batches[4:], [])
+    assert sorted(first) == sorted(second) == list(range(64)) and first != second
+    policy, options = Bandit(), bandit_settings(minibatch_size=16, update_epochs=2, target_kl=0.5, clip_coef=1e-6)
+    rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+    rollout.returns, rollout.old_logp = torch.arange(64) / 64, rollout.old_logp - 0.01
+    losses, norms = [], []
+    for batch in batches:
+        policy.zero_grad()
+        logp, _, values = policy.logprobs([rollout.prompts[i] for i in batch], [rollout.responses[i] for i in batch])
+        loss, kl, _ = ppo.policy_loss(logp.sum(1), rollout.old_logp[batch], rollout.advantages[batch], 1e-6)
+        loss.backward()
+        norms.append(policy.logits.grad.norm().item())
+        losses.append([loss.item(), ppo.value_loss(values, rollout.returns[batch]).item(), kl.item()])
+    found = ppo.ppo_update(policy, torch.optim.SGD(policy.groups(logits=0.0, worth=0.0)), rollout, options,
+                           torch.Generator().manual_seed(3))
+    means = [sum(column) / len(column) for column in zip(*losses)]
+    assert [found[name] for name in ("policy_loss", "value_loss", "approx_kl")] == pytest.approx(means, abs=1e-6)
+    assert found["grad_norm"] == pytest.approx(sum(norms) / len(norms), abs=1e-6) and len(set(norms)) > 1
+    assert found["minibatches"] == 8 and found["clip_fraction"] == 1 and found["approx_kl"] < 0.001
+    assert found["ratio_error"] == pytest.approx(math.exp(0.01) - 1, abs=1e-5)
+
+
 def test_each_groups_gradients_are_scaled_down_alone():
     norms = []
     for worth in (0.0, 1e4):                                            # a wild V must not shrink the policy's step
@@ -1503,6 +1577,16 @@ def test_what_is_not_finite_stops_the_run_before_a_step(column, value, message):
     assert policy.logits.tolist() == [0.0, 0.0]
 
 
+def test_gradients_that_are_not_finite_stop_the_run_where_the_losses_are():
+    policy, options = Bandit(), bandit_settings(minibatch_size=64)
+    rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+    policy.logits.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    with pytest.raises(FloatingPointError, match=r"losses \[-?[0-9]"):
+        ppo.ppo_update(policy, torch.optim.Adam(policy.groups(logits=0.1, worth=0.1)), rollout, options,
+                       torch.Generator())
+    assert policy.logits.tolist() == [0.0, 0.0]
+
+
 def test_a_model_that_has_diverged_draws_no_answer(agent):
     """Not the first token, as argmax of nan is, nor torch's own error: a sentence. Nor does sft.py take a bad step."""
     game = GAMES["numberline"]()
@@ -1518,7 +1602,7 @@ def test_a_model_that_has_diverged_draws_no_answer(agent):
     assert learns.isfinite().all() and not optimizer.state
     shake(agent, size=1e30)
     for greedy in (False, True):
-        with pytest.raises(FloatingPointError, match="it has diverged.*smaller --lr"):
+        with pytest.raises(FloatingPointError, match="has diverged.*smaller --lr"):
             agent.generate(prompts, torch.Generator().manual_seed(0), 8, greedy=greedy)
 
 
@@ -1606,7 +1690,7 @@ def test_each_value_belongs_to_its_own_state(shipped, task):
     terminated = torch.zeros(L, N)
     own = np.random.SeedSequence(run.settings.seed, spawn_key=(0,)).generate_state(2).tolist()
     fallback = np.random.default_rng(own[1])
-    truncations = 0
+    truncations, earned, episodes = 0, [twin.episode_return for twin in twins], []
     for t in range(L):
         for n, twin in enumerate(twins):
             picture, info = twin.observe()
@@ -1616,14 +1700,52 @@ def test_each_value_belongs_to_its_own_state(shipped, task):
             after[t, n] = run.policy.value(run.policy.encode([picture], [parse.make_prompt(twin, info)]))[0]
             terminated[t, n], ended[t, n] = done, done or cut
             truncations += cut
+            earned[n] += r[t, n].item()
             if done or cut:
+                episodes.append((earned[n], info["is_success"]))
+                earned[n] = 0.0
                 twin.reset()
     advantages, returns = ppo.gae(0.1 * r, v, after, terminated, ended, 0.9, 0.95)
     torch.testing.assert_close(rollout.old_values.view(L, N), v, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rollout.returns.view(L, N), returns, atol=1e-3, rtol=1e-3)
     normalised = (advantages - advantages.mean()) / advantages.std()
     torch.testing.assert_close(rollout.advantages.view(L, N), normalised, atol=1e-2, rtol=1e-2)
-    assert truncations > 0
+    assert truncations > 0 and rollout.episodes == episodes
+    variance = 1 - ((returns - v).var() / returns.var()).item()
+    assert playing.value_metrics(rollout)["explained_variance"] == pytest.approx(variance, abs=0.02)
+
+
+def test_metrics_and_the_sample_are_the_rollouts(shipped, tmp_path):
+    """Recounted from what was played; the sample answer is the first game's, with its own reward."""
+    run = make_run(shipped, "ezpoints", num_envs=8, num_steps=6, cot_lambda=0.25)
+    rollout = play_out(run)
+    logp, mask, _ = run.policy.logprobs(rollout.prompts, rollout.responses)
+    weighed = ppo.answer_logprob(logp, mask, rollout.action_starts, 0.25)
+    torch.testing.assert_close(rollout.old_logp, weighed.detach(), atol=1e-3, rtol=1e-3)
+    found, (choice, reward) = train.record(run, tmp_path, rollout, {}, (0, 0))
+    won, unfollowed, wrong = count_endings("ezpoints", rollout)
+    assert unfollowed != wrong and found["lost_plan_not_followed"] == unfollowed / (won + unfollowed + wrong)
+    assert found["lost_wrong_plan"] == wrong / (won + unfollowed + wrong)
+    assert found["parse_rate"] == sum(c.named for c in rollout.choices) / 48
+    assert found["reading_rate"] > 0.95                                 # of the state that it was asked in
+    assert found["response_tokens"] == sum(map(len, rollout.responses)) / 48
+    assert found["success"] == sum(success for _, success in rollout.episodes) / found["episodes"]
+    assert choice is rollout.choices[5 * 8] and reward == rollout.rewards[5, 0]
+    line = json.loads((tmp_path / "transcripts.jsonl").read_text())
+    assert (line["text"], line["action"], line["reward"]) == (choice.text, choice.action, reward)
+
+
+def test_without_chain_of_thought_no_prompt_asks_for_thoughts(shipped):
+    """Neither the stored ones, nor those of cut-off and following states, nor those that imitation draws again."""
+    run = make_run(shipped, "numberline", cot=False, num_steps=12, imitation=1, max_new_tokens=3)
+    shake(run.policy, size=0.2)
+    rollout = play_out(run)
+    prompts = [*rollout.prompts, *rollout.last_prompts, *(prompt for _, _, prompt in rollout.cut_off)]
+    assert rollout.cut_off and not any('"thoughts"' in run.policy.tokenizer.decode(prompt.ids) for prompt in prompts)
+    assert '"thoughts"' not in imitation._shown(run.games[0], rollout.states[0], run.settings)[1]
+    named = [choice.named for choice in rollout.choices]                # cut off after three tokens
+    assert max(map(len, rollout.responses)) == 3
+    assert playing.play_metrics(rollout, run.settings)["parse_rate"] == sum(named) / len(named) < 1
 
 
 def test_learning_rate_falls_and_stays_down(shipped):
@@ -1632,6 +1754,9 @@ def test_learning_rate_falls_and_stays_down(shipped):
         train.anneal(run)
         rates.append([group["lr"] for group in run.optimizer.param_groups])
     rates, of_value = zip(*rates)
+    answers, head = (group["params"] for group in run.optimizer.param_groups)
+    own = {*map(id, run.policy.value_head.parameters())}
+    assert {*map(id, head)} == own and not own & {*map(id, answers)}
     assert of_value[0] == pytest.approx(0.1) and of_value[5] == pytest.approx(0.05) and of_value[-1] < 1e-8
     assert rates[0] == pytest.approx(1e-3) and rates[5] == pytest.approx(5e-4, rel=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates)) and rates[10:] == (pytest.approx(1e-9),) * 5
@@ -1710,7 +1835,7 @@ def test_what_is_kept_of_won_games():
             assert not won.kept and [len(waiting) for waiting in won.waiting] == [1, 0]
             again = imitation.WonGames(2)
             again.set_state(json.loads(json.dumps(won.get_state())))            # as through a checkpoint
-            assert again.get_state() == won.get_state()
+            assert again.get_state() == won.get_state() and again.kept.maxlen == imitation.KEPT
     assert [state for state, _ in won.kept] == ["rollout 0 step 0 game 0", "rollout 1 step 0 game 0",
                                                 "rollout 1 step 1 game 1"]
     assert won.waiting == [[["rollout 1 step 1 game 0"] * 2], []]
@@ -1719,7 +1844,7 @@ def test_what_is_kept_of_won_games():
     assert len(won.kept) == 3 and won.waiting == [[], []]                       # time was up: not won
 
 
-def test_imitation_makes_won_answers_likelier(shipped):
+def test_imitation_makes_won_answers_likelier(shipped, monkeypatch):
     """By transformers' own loss as well; V, its optimiser and the games stay as they are."""
     run = make_run(shipped, "ezpoints", imitation=2, minibatch_size=8, num_steps=6)
     none = imitation.imitate(run.policy, run.optimizer, run.won, run.games[0], run.settings, run.shuffling)
@@ -1732,7 +1857,15 @@ def test_imitation_makes_won_answers_likelier(shipped):
                                         [rollout.responses[i] for i in kept])[0].sum().item()
     before, states = score(), [game.get_state() for game in run.games]
     head = copy.deepcopy(run.policy.value_head.state_dict())
+    some = [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().set_state(run.shuffling.get_state()))
+            .tolist()[:16]]                                             # two minibatches of 8, drawn
+    first = run.policy.logprobs([rollout.prompts[i] for i in some[:8]], [rollout.responses[i] for i in some[:8]])
+    losses, prepare = [], imitation.prepare_step
+    monkeypatch.setattr(imitation, "prepare_step", lambda optimizer, loss, settings: (
+        losses.append(loss.item()), prepare(optimizer, loss, settings)))
     found = imitation.imitate(run.policy, run.optimizer, run.won, run.games[0], run.settings, run.shuffling)
+    assert losses[0] == pytest.approx(-first[0].sum().item() / first[1].sum().item(), rel=1e-4)         # a token
+    assert found["imitation_loss"] == pytest.approx(sum(losses) / 2) and len(losses) == 2
     assert found["won_answers"] == len(kept) and found["imitation_loss"] > 0 and score() > before
     assert [game.get_state() for game in run.games] == states
     assert all(torch.equal(head[name], now) for name, now in run.policy.value_head.state_dict().items())
@@ -1741,8 +1874,12 @@ def test_imitation_makes_won_answers_likelier(shipped):
 
 def test_processes_imitate_equally_often(shipped, monkeypatch):
     """Each takes as many steps as the one that has kept the fewest; a minibatch is shared out among them."""
-    run, asked = make_run(shipped, "numberline", imitation=3, minibatch_size=8), []
+    run, asked, scored = make_run(shipped, "numberline", imitation=3, minibatch_size=8), [], []
+    logprobs = run.policy.logprobs
+    monkeypatch.setattr(run.policy, "logprobs", lambda prompts, answers, *shape: (
+        scored.append(len(answers)), logprobs(prompts, answers, *shape))[1])
     rollout = play_out(run)
+    scored.clear()
     run.won.kept.extend(zip(rollout.states, rollout.responses))
     monkeypatch.setattr(run.policy, "encode_answers", None)             # sampled ids are learned, not the text's
     monkeypatch.setattr(run.optimizer, "step", lambda: asked.append(0))
@@ -1752,8 +1889,9 @@ def test_processes_imitate_equally_often(shipped, monkeypatch):
             monkeypatch.setattr(parallel, "concat", lambda mine, other=other: torch.cat([mine, torch.tensor([other])]))
             monkeypatch.setattr(parallel, "average", lambda parameters, losses: None)
         imitation.imitate(run.policy, run.optimizer, run.won, run.games[0], run.settings, run.shuffling)
-        assert len(asked) == steps
+        assert len(asked) == steps and sum(scored) == steps * (8 if other is None else 4)
         asked.clear()
+        scored.clear()
 
 
 def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
@@ -1854,6 +1992,35 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
     assert result["success"] > 0.8
 
 
+def test_a_checkpoint_brings_back_all_that_a_run_hangs_on(shipped, tmp_path):
+    """Each generator, each moment of the optimiser and each game by itself, not only what comes of them together."""
+    run, again = make_run(shipped, "blackjack", minibatch_size=16), make_run(shipped, "blackjack", minibatch_size=16)
+    ppo.ppo_update(run.policy, run.optimizer, play_out(run), run.settings, run.shuffling)
+    run.update = 1
+    run.fallback.random(3)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(run.settings)))
+    checkpoint.save(run, tmp_path)
+    checkpoint.load(again, tmp_path / "checkpoint-000001")
+    for one, other in ((run.sampling.get_state(), again.sampling.get_state()),
+                       (run.shuffling.get_state(), again.shuffling.get_state()),
+                       *zip(*(r.policy.state_dict().values() for r in (run, again)))):
+        assert torch.equal(one, other)
+    assert run.fallback.bit_generator.state == again.fallback.bit_generator.state and again.update == 1
+    assert [game.get_state() for game in run.games] == [game.get_state() for game in again.games]
+    moments, taken_up = (r.optimizer.state_dict()["state"] for r in (run, again))
+    assert moments and all(torch.equal(value, taken_up[index][key])
+                           for index, state in moments.items() for key, value in state.items())
+
+
+def test_training_deals_lie_above_every_held_out_seed(shipped):
+    run = make_run(shipped, "points24")
+    deals = np.random.SeedSequence(run.settings.seed).generate_state(1 + len(run.games)).tolist()[1:]
+    for game, deal in zip(run.games, deals):
+        twin = GAMES["points24"]()
+        twin.reset(seed=deal + 2**31)
+        assert game.get_state() == twin.get_state()
+
+
 def test_seeds_differ_everywhere(shipped):
     a, b, c = (make_run(shipped, "blackjack", seed=seed) for seed in (1, 1, 2))
     rollouts = [play_out(run).responses for run in (a, b, c)]
@@ -1892,6 +2059,9 @@ def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch
     (["--task", "blackjack", "--cot-lambda", "2"], "--cot-lambda must lie"),
     (["--task", "blackjack", "--temperature", "0"], "--temperature must be above"),
     (["--task", "blackjack", "--target-modules", "vision,tail"], "no part tail"),
+    (["--task", "blackjack", "--rank", "100000000"], "--rank must be 16384 or less"),
+    (["--task", "blackjack", "--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end must not be above"),
+    (["--task", "blackjack", "--eval-seed", "2147483647", "--eval-episodes", "2"], "training deals begin there"),
     (["--task", "poker"], "invalid choice")])
 def test_bad_settings_are_refused_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit):
@@ -1979,6 +2149,9 @@ def test_what_lost_a_formula_game_is_hand_worked():
         task = "points24" if len(steps[0].info["numbers"]) == 4 else "ezpoints"
         shares = plan_statistics(task, steps)["lost_by"]
         assert shares == ({name: float(name == end) for name in shares} if end else dict.fromkeys(shares))
+    assert plan_statistics("ezpoints", won)["plan_followed"] == 0.75    # "2+10=" begins with 2
+    assert decision_statistics("ezpoints", won, cot=False)["expert_agreement"] == 1     # to begin with 10 is good too
+    assert plan_statistics("points24", unsolvable)["plan_rate"] is None
     together = plan_statistics("ezpoints", [*won, *unfollowed, *wrong, *slow, *early])["lost_by"]
     assert together == {"won": 0.2, "right plan not followed": 0.4, "wrong plan": 0.2, "out of time": 0.2}
     steps = [*won, *unfollowed, *wrong, *slow, *early]
@@ -1991,11 +2164,44 @@ def test_what_lost_a_formula_game_is_hand_worked():
     assert result["lost_by"]["won"] == result["goal_rate"] and sum(result["lost_by"].values()) == pytest.approx(1)
 
 
+def test_blackjacks_decisions_are_counted_by_total():
+    """Hand-worked: hits on 11, 12, 16, 17; who says nothing has no parse rate."""
+    played = ((5, "stand"), (11, "hit"), (12, "hit"), (16, "hit"), (16, "stand"), (17, "hit"), (20, "stand"))
+    found = decision_statistics("blackjack", [
+        Decision(0, {"total": total, "dealer": "7", "hand": ["5"], "usable_ace": False},
+                 playing.Choice(action, 0, True, None)) for total, action in played], cot=True)
+    assert found["hit_rate_by_total"] == {"5": 0, "11": 1, "12": 1, "16": 0.5, "17": 1, "20": 0}
+    assert found["decisions_by_total"] == {"5": 1, "11": 1, "12": 1, "16": 2, "17": 1, "20": 1}
+    assert (found["hit_rate_to_11"], found["hit_rate_12_to_16"], found["hit_rate_from_17"]) == (1/2, 2/3, 1/2)
+    assert found["parse_rate"] is None and found["reading_rate"] is None
+
+
+def test_the_likeliest_answer_hangs_on_no_seed(shipped):
+    policy = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, temperature=1.0)
+    games = [GAMES["points24"]() for _ in range(6)]
+    states = [game.reset(seed=k) for k, game in enumerate(games)]
+    options = SimpleNamespace(policy=None, endpoint=None, greedy=True)
+    settings = {"cot": True, "max_new_tokens": 60, "play_batch_size": 64}
+    for greedy in (True, False):
+        options.greedy, answers = greedy, []
+        for options.seed in (0, 1):
+            player = evaluation.make_player(options, policy, settings, "points24")
+            answers.append([choice.text for choice in player(games, *zip(*states))])
+        assert (answers[0] == answers[1]) == greedy
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
     (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
     (["--policy", "random", "--greedy"], "draws no tokens"),
     (["--policy", "random", "--temperature", "0.1"], "draw no tokens"),
+    (["--policy", "random", "--max-new-tokens", "5"], "draw no tokens"),
+    (["--model", "pocket", "--greedy", "--temperature", "0.1"], "no --temperature"),
+    (["--model", "pocket", "--endpoint", ""], "--endpoint is empty"), (["--model", "pocket", "--out", ""], "empty"),
+    (["--policy", "random", "--out", "x.html", "--render", "x.html"], "two files"),
+    (["--policy", "random", "--episodes", "1" + 14 * "0"], "below 2³¹"),
+    (["--policy", "random", "--seed", "2147483647", "--episodes", "2"], "training deals begin there"),
+    (["--model", str(POCKET.with_name("pocket-alfworld"))], "words of other games"),
     (["--policy", "random", "--endpoint", "http://localhost:1/v1"], "needs --model NAME")])
 def test_evaluation_says_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit, match=message):
@@ -2167,6 +2373,9 @@ DAMAGES = {             # what is done to a run's folder and its newest checkpoi
     "another run's: it has num_envs 4, not 8": lambda run, last: edit(run / "config.json", num_envs=8),
     "has 1 lines and the checkpoint 2": lambda run, last: checkpoint.keep_lines([run / "metrics.jsonl"], 1),
     "config.json cannot be used": lambda run, last: (run / "config.json").write_text('{"seed": '),
+    "save_every is 1.5": lambda run, last: edit(run / "config.json", save_every=1.5),
+    "task is 'chess'": lambda run, last: edit(run / "config.json", task="chess"),
+    "metrics.jsonl cannot be used": lambda run, last: (run / "metrics.jsonl").write_text("{\n{}\n"),
     "adapter_config.json cannot be used": lambda run, last: (last / "adapter_config.json").write_text("{}")}
 
 
@@ -2236,6 +2445,44 @@ def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
         model.with_name("elsewhere").rename(model)
 
 
+def test_a_run_goes_on_from_its_own_model_and_says_no_other(stopped_run, tmp_path):
+    """--model of a resumed run is for a base that has moved; where it is in place, another is refused and not noted."""
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    before = tree(tmp_path / "run")
+    for other in ("nonsense/none", str(POCKET)):
+        with pytest.raises(SystemExit, match="is not what this run goes on from"):
+            train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume", "--model", other])
+        assert tree(tmp_path / "run") == before
+    lines = [tmp_path / "run" / name for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")]
+    for file in lines:                                                  # of an update after the checkpoint: it goes
+        file.write_text(file.read_text() + '{"update": 3, "left": 1}\n' * 2)
+    train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume", "--model", "auto",
+                "--save-every", "3"])
+    for file in lines:
+        assert [json.loads(line)["update"] for line in file.read_text().splitlines()] == [1, 2, 3, 4], file
+        assert "left" not in file.read_text()
+    assert (tmp_path / "run" / "checkpoint-000004").exists()            # the last one, whatever save_every says
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == stopped_run[1][3]
+    moved = (tmp_path / "run").rename(tmp_path / "moved")               # and is called by where it is
+    asked = evaluation.make_parser().parse_args(["--task", "numberline", "--run", str(moved), "--num-envs", "3"])
+    assert evaluation.find_policy(asked, {"num_envs": 3}, "numberline")[2]["num_envs"] == 3      # not the run's own 4
+    evaluation.main(["--task", "numberline", "--run", str(moved), "--episodes", "1", "--out", str(tmp_path / "x.json")])
+    assert json.loads((tmp_path / "x.json").read_text())["policy"] == str(moved)
+
+
+def test_fine_tuning_and_rl_do_not_share_a_folder(tiny, tmp_path):
+    """Each takes checkpoints of its own alone; what sft.py left is no place for a run, and a run's are not swept up."""
+    sft.main(["--task", "blackjack", "--model", str(tiny), "--steps", "1", "--batch-size", "2", "--out", str(tmp_path)])
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit, match="holds a result of sft.py"):
+        train.main(["--task", "blackjack", "--model", str(tmp_path), "--out", str(tmp_path)])
+    assert tree(tmp_path) == before
+    (tmp_path / "checkpoint-000004").mkdir()
+    (tmp_path / "checkpoint-000004" / "adapter_model.safetensors").touch()
+    sft.main(["--task", "blackjack", "--out", str(tmp_path), "--resume"])
+    assert (tmp_path / "checkpoint-000004").exists()
+
+
 def test_held_out_games_of_another_policy_are_not_taken_for_this_ones(stopped_run, tmp_path, capsys):
     """eval.json is trusted only where this policy wrote it: not one that eval.py left there in mid-run."""
     command = [*stopped_run[1][:-1], "4", "--out", str(tmp_path / "run")]
@@ -2245,15 +2492,21 @@ def test_held_out_games_of_another_policy_are_not_taken_for_this_ones(stopped_ru
             train.main(command)
     result = tmp_path / "run" / "eval.json"
     evaluation.main(["--task", "numberline", "--policy", "expert", "--episodes", "4", "--out", str(result)])
+    theirs = result.read_text()
     train.main([*command, "--resume"])
     found = json.loads(result.read_text())
-    assert found["update"] == 4 and "policy" not in found
+    assert found["update"] == 4 and "policy" not in found and result.with_name("eval-1.json").read_text() == theirs
     edit(result, success=2.0)                               # to be recognised: what this policy wrote is played once
     train.main([*command, "--resume"])
     assert json.loads(result.read_text())["success"] == 2.0 and "end: success 200.0 %" in capsys.readouterr().out
+    for damage in ("[1]", json.dumps({name: found[name] for name in ("update", "episodes", "seed")})):
+        result.write_text(damage)
+        with pytest.raises(SystemExit, match="eval.json .delete it, and its games are played again. cannot be used"):
+            train.main([*command, "--resume"])
 
 
-@pytest.mark.parametrize("changes", [{"task": ...}, {"out": ...}, {"temperature": None}, {"num_steps": None}])
+@pytest.mark.parametrize("changes", [{"task": ...}, {"temperature": None}, {"num_steps": None},
+                                     {"num_envs": 8.0}, {"task": "chess"}, {"seed": True}])
 def test_settings_that_are_damaged_are_told_by_eval_in_a_sentence(stopped_run, tmp_path, changes):
     shutil.copytree(stopped_run[0], tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "config.json").read_text()) | changes
@@ -2278,7 +2531,7 @@ def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_
 
 def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path):
     for names in (["checkpoint-000001/weights.bin"], ["checkpoint-best/x"], ["metrics.jsonl"], ["eval.json"],
-                  ["sft/adapter_config.json"]):
+                  ["eval_start.json"], ["sft/adapter_config.json"]):
         folder = tmp_path / names[0].split("/")[0].split(".")[0]
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -2291,7 +2544,11 @@ def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path)
     shutil.copytree(stopped_run[0], run)
     (run / "checkpoint-000000").mkdir()
     (run / "checkpoint-000000" / "mine").touch()
+    (run / "checkpoint-000000" / "manifest.json").write_text("{")
+    (run / "checkpoint-000001").mkdir()
+    (run / "checkpoint-000001" / "manifest.json").write_text('{"settings": {"seed": 9}}')
     train.main([*stopped_run[1][:2], "--out", str(run), "--resume"])
+    assert (run / "checkpoint-000001").exists()
     assert (run / "checkpoint-000000" / "mine").exists() and not (run / "checkpoint-000002").exists()
 
 
@@ -3761,6 +4018,25 @@ def test_the_readmes_tables_are_made_of_the_result_files():
     assert any(line.endswith(f"| {row} | {speed['ratio']:.1f} |") for line in lines)
 
 
+def test_figures_draw_what_the_files_say(tmp_path, monkeypatch):
+    """Shares in %, in the order of their names; means of the seeds; a rollout in which no episode ended is a gap."""
+    rows = [{"env_steps": 8 * k, "success": success, "lost_plan_not_followed": 0.1, "lost_wrong_plan": 0.3}
+            for k, success in enumerate((0.5, None, 1.0))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    steps, success = recorded.curves([tmp_path])
+    assert steps.tolist() == [0, 8, 16] and np.array_equal(success, [[50, np.nan, 100]], equal_nan=True)
+    drawn = []
+    monkeypatch.setattr(plot.pyplot, "close", drawn.append)
+    plot.draw_losses(tmp_path, tmp_path / "losses.png")
+    spans = {part.get_label(): part.get_paths()[0].get_extents() for part in drawn[0].axes[0].collections}
+    assert {name: (round(box.y0), round(box.y1)) for name, box in spans.items()} == {
+        "won": (0, 60), "lost: a right plan, not followed": (60, 70), "lost: a wrong plan": (70, 100)}
+    plot.draw_curves(tmp_path / "curves.png")
+    for axes, task in zip(drawn[1].axes, recorded.PAPER):
+        line = next(line for line in axes.lines if len(line.get_xdata()) > 2)
+        assert np.allclose(line.get_ydata(), np.nanmean(recorded.curves(recorded.runs(task))[1], 0))
+
+
 def test_figures_in_the_prose_are_in_the_result_files():
     """Games without a first success, and what the starts that were taught one came to."""
     prose = " ".join(" ".join((HERE / page).read_text().split()) for page in PAGES)
@@ -3797,6 +4073,17 @@ def test_each_result_belongs_to_its_command():
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == steps
         assert len(recorded.metrics(folder)) == steps // 512 and end["seed"] == 10_000
         assert end["episodes"] == {"blackjack": 10_000, "alfworld": 500}.get(config["task"], 1000)
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_the_main_tables_runs_have_todays_defaults(task):
+    stored = json.loads((HERE / "results" / "runs" / f"{task}-seed4" / "config.json").read_text())
+    today = Settings(task=task, bits="32", target_modules=tuple(families.PARTS))
+    run_settings.fill_in(today, small=True)
+    apart = {"out", "seed", "model", "eval_episodes"}
+    own = {name: value for name, value in manifest.plain(today).items() if name in stored and name not in apart}
+    # settings that came later, or have other names since: what they stand for is today's default
+    assert len(own) > 20 and own == {name: stored[name] for name in own}
 
 
 def test_every_link_and_picture_of_the_pages_is_there():

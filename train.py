@@ -13,6 +13,7 @@ Does not handle: several tasks at once.
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import signal
@@ -179,9 +180,15 @@ def held_out(run, when, path):
     if parallel.rank() or not settings.eval_episodes:
         return None
     asked = at_most(settings.eval_episodes, settings.world), settings.eval_seed
-    with foreign(path):
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    # one that fits was played by this very policy before the run was stopped; eval.py's files have no "update"
+    there = f"{path} (delete it, and its games are played again)"
+    with foreign(there):
+        result = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    if result and "update" not in result:                       # eval.py's, of whatever policy: stays, by another name
+        kept = next(name for name in (path.with_name(f"{path.stem}-{n}.json") for n in itertools.count(1))
+                    if not name.exists())
+        path.rename(kept)
+        parallel.say(f"{path} was not written by this program: it is {kept} now")
+    # one that fits was played by this very policy before the run was stopped
     if (result.get("update"), result.get("episodes"), result.get("seed")) != (run.update, *asked):
         parallel.say(f"playing {asked[0]} held-out games (--eval-episodes) …")
         run.policy.temperature = settings.temperature_at(run.update)
@@ -194,10 +201,11 @@ def held_out(run, when, path):
             result = evaluate(player, settings.task, settings.eval_episodes, settings.eval_seed, settings.num_envs,
                               settings.cot, watch, settings.world) | {"update": run.update}
         write_whole(path, json.dumps(result) + "\n")
-    success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
-    read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
-    parallel.say(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
-                 f"answers parsed {100 * result['parse_rate']:.1f} %{read}")
+    with foreign(there):
+        success, low, high = (100 * result[key] for key in ("success", "success_low", "success_high"))
+        read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
+        parallel.say(f"{when}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
+                     f"answers parsed {100 * result['parse_rate']:.1f} %{read}")
     return result
 
 
@@ -213,7 +221,7 @@ def draw_curve(folder):
         if points:
             axes.plot(*zip(*points), label=key.replace("_", " "))
     axes.set(xlabel="environment steps", ylabel="share", ylim=(0, 1.02))
-    axes.set_title(folder.name, parse_math=False)               # a name with two "$" is no formula
+    axes.set_title(printable(folder.name), parse_math=False)    # a name with two "$" is no formula
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)
     pyplot.close(figure)

@@ -72,6 +72,9 @@ def keep_lines(paths, count):
         if len(lines) < count or not "".join(lines[:count]).endswith("\n" if count else ""):
             raise ModelError(f"{path} has {len(lines)} lines and the checkpoint {count} updates behind it: it is not "
                              "this run's, or was cut; start a new run (--out)")
+        with foreign(path):
+            for line in lines[:count]:
+                json.loads(line)
     for path, lines in found.items():
         if lines[count:]:
             write_whole(path, "".join(lines[:count]))
@@ -108,6 +111,9 @@ def claim(folder, resume):
     """Refuse a folder that this program did not write, or cannot go on with; drop what a kill left of its own."""
     folder = Path(folder)
     has_lines = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
+    if (folder / "sft.json").exists():
+        raise ModelError(f"{folder} holds a result of sft.py: choose another --out (and {folder} as --model, to go on "
+                         "from it)")
     has_results = any((folder / name).exists() for name in ("eval_start.json", "eval.json", "sft"))
     if not resume and (has_lines or has_results or list(folder.glob("checkpoint-*"))):
         raise ModelError(f"{folder} holds a run's results but no config.json: nothing tells whose they are, so nothing "
@@ -182,6 +188,11 @@ def save(run, folder):
 def load(run, checkpoint):
     """Take up all that save wrote; ModelError where it is damaged, another run's, or would draw other numbers."""
     check(checkpoint, run.policy.base_hash, run.settings)
+    config, base = checkpoint.parent / "config.json", getattr(run.policy, "base_name", None)
+    with foreign(config):
+        own = json.loads(config.read_text(encoding="utf-8"))["model"]
+    if run.settings.model not in (own, base) and str(Path(run.settings.model).resolve()) != base:
+        raise ModelError(f"--model {run.settings.model} is not what this run goes on from, {base}: leave it out")
     stored = json.loads((checkpoint / "process0.json").read_text())
     for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
         if stored[what] != now:
@@ -201,9 +212,16 @@ def load(run, checkpoint):
             run.won.set_state(stored["won"])
     run.checkpoint = checkpoint
     for older in checkpoints(checkpoint.parent)[:-1] if parallel.rank() == 0 else ():
-        manifest = older / "manifest.json"                  # a kill may have left this run's; a stranger's stays
-        if manifest.exists() and json.loads(manifest.read_text()).get("settings") == plain(run.settings):
+        if _settings_of(older) == plain(run.settings):      # a kill may have left this run's; a stranger's stays
             drop(older)
+
+
+def _settings_of(checkpoint):
+    """The settings in a checkpoint's manifest; None where there is none that can be read."""
+    try:
+        return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextlib.contextmanager

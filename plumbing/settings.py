@@ -164,6 +164,12 @@ class Settings(ModelSettings):
                 return f"{_flag(name)} must be above 0"
         if min(self.temperature or 1, self.temperature_end or 1) < 1e-3:
             return "--temperature and --temperature-end must be 0.001 or more: logits are divided by them"
+        if (self.rank or 0) > 2**14:
+            return "--rank must be 16384 or less: no layer is wider"
+        if self.lr_end > min(self.lr or 1, self.value_lr or 1):
+            return "--lr-end must not be above --lr or --value-lr, which fall towards it"
+        if self.eval_seed + (self.eval_episodes or 0) > 2**31:
+            return "--eval-seed + --eval-episodes must be at most 2³¹: training deals begin there"
         for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor", "sft_steps",
                      "gradient_checkpointing", "imitation"):
             if (getattr(self, name) or 0) < 0:
@@ -295,6 +301,19 @@ def read_settings(cls, description, arguments=None):
     return settings, resume and exists
 
 
+def as_settings(cls, stored):
+    """A config.json's dict with the types that the fields have; ValueError for what is of another, or no choice."""
+    found = dict(stored)
+    for entry in fields(cls):
+        value, kinds = found.get(entry.name), {float: (float, int), tuple: (tuple, list)}.get(entry.type, (entry.type,))
+        choices = entry.metadata.get("choices")
+        if value is not None and (type(value) not in kinds or choices and value not in choices):
+            raise ValueError(f"{entry.name} is {value!r}")
+        if entry.type is tuple and value is not None:
+            found[entry.name] = tuple(value)
+    return found
+
+
 def _stored_settings(cls, config, given, parser):
     """The settings in config.json, with those given that may change in mid-run."""
     with foreign(config):
@@ -305,10 +324,11 @@ def _stored_settings(cls, config, given, parser):
     if unknown := unknown - {"tensorboard"}:                # a run from before there was one goes on without
         parser.error(f"{config} was written by another program or version ({', '.join(sorted(unknown))} "
                      "differ): finish the run with that one, or start a new one with --out")
-    stored["target_modules"] = stored["target_modules"] and tuple(stored["target_modules"])
+    with foreign(config):
+        stored = as_settings(cls, stored)
     other = [name for name, value in given.items() if name not in cls.free and value not in (stored[name], "auto")]
     if other:
         parser.error(f"--resume goes on with the run's own settings: {config} has "
                      f"{', '.join(f'{name} {stored[name]}, not {given[name]}' for name in other)}. Leave these flags "
                      f"out ({', '.join(map(_flag, cls.free[1:]))} may change), or start a new run with --out")
-    return cls(**(stored | {name: value for name, value in given.items() if name in cls.free}))
+    return cls(**(stored | {name: value for name, value in given.items() if name in cls.free and value != "auto"}))

@@ -133,6 +133,9 @@ def find_model(model="auto", bits="auto", settings=None) -> Found:
     if base not in SHIPPED and Path(base).is_dir():
         base = str(Path(base).resolve())                        # adapters name it wherever they are read from
     folder = str(SHIPPED.get(base, base))
+    other = next(name for name in SHIPPED if name != own)
+    if settings and Path(folder).resolve() == SHIPPED[other].resolve():
+        raise ModelError(f"{other} knows the words of other games than {settings.task}: --model pocket is its own")
     config, checkpointing, memory = _config(folder), None, ""
     if device == "cpu" or is_small(config):
         bits = "32" if bits == "auto" else bits

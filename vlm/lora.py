@@ -89,6 +89,8 @@ def load_adapters(layers, folder):
                 if stored.shape != weight.shape:
                     raise ValueError(f"{folder}: {path} has shape {tuple(stored.shape)}, this policy "
                                      f"{tuple(weight.shape)}: another rank or another base model")
+                if not stored.is_floating_point():
+                    raise ValueError(f"{folder}: {path} holds {stored.dtype}, no adapter's numbers")
                 weight.copy_(stored)
 
 
@@ -122,5 +124,8 @@ def adapter_settings(folder) -> dict:
     config, file = _config(folder), Path(folder) / "adapter_model.safetensors"
     with foreign(file), safe_open(file, "pt") as tensors:   # not target_modules: PEFT shortens long lists of names
         found = {part_of_path(key.removeprefix("base_model.model.")) for key in tensors.keys()}
+        ranks = {tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if key.endswith("lora_A.weight")}
+        if ranks != {config["r"]}:                          # before so much memory is asked for
+            raise ValueError(f"its matrices have ranks {sorted(ranks)}, adapter_config.json says {config['r']}")
     parts = tuple(part for part in PARTS if part in found)
     return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": parts}

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from env import make_game
 from parse import make_prompt
-from plumbing.errors import ModelError
+from plumbing.errors import ModelError, foreign
 from plumbing.settings import fill_in
 from policy import PREFILL_TOKENS
 from vlm.families import PARTS, Family
@@ -43,7 +43,8 @@ def stored_bytes(name) -> int:
         index = index if index.exists() else cached_file(name, index.name)
     except OSError:                                         # one file without an index, or no network
         return 0
-    return json.loads(Path(index).read_text()).get("metadata", {}).get("total_size", 0)
+    with foreign(index):
+        return json.loads(Path(index).read_text()).get("metadata", {}).get("total_size", 0)
 
 
 def free_bytes(device) -> int:
