@@ -296,7 +296,7 @@ def as_rl(settings):
 
 def clean_up(folder):
     """Drop what a finished run needs no more; a kill may have left it."""
-    own = [whole for whole in checkpoints(folder) if (whole / "weights.safetensors").exists()]      # not train.py's
+    own = [whole for whole in checkpoints(folder) if not (whole / "process0.json").exists()]       # train.py's have one
     for left in (folder / "result.part", *own, *folder.glob("checkpoint-*.gone"), *folder.glob("checkpoint-*.part")):
         shutil.rmtree(left, ignore_errors=True)
 

@@ -1737,7 +1737,7 @@ def test_metrics_and_the_sample_are_the_rollouts(shipped, tmp_path):
 
 def test_without_chain_of_thought_no_prompt_asks_for_thoughts(shipped):
     """Neither the stored ones, nor those of cut-off and following states, nor those that imitation draws again."""
-    run = make_run(shipped, "numberline", cot=False, num_steps=12, imitation=1, max_new_tokens=3)
+    run = make_run(shipped, "numberline", cot=False, num_envs=4, num_steps=12, imitation=1, max_new_tokens=3)
     shake(run.policy, size=0.2)
     rollout = play_out(run)
     prompts = [*rollout.prompts, *rollout.last_prompts, *(prompt for _, _, prompt in rollout.cut_off)]
@@ -1990,6 +1990,17 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
     features.teach(taught, "numberline", 15, label_noise=0.0)
     result = evaluation.evaluate(players.model_player(taught, 0, cot=False), "numberline", 25, 0, cot=False)
     assert result["success"] > 0.8
+
+
+def test_held_out_games_are_asked_as_the_run_was(shipped, tmp_path, monkeypatch, capsys):
+    """Without chain of thought no prompt wants thoughts, and none are looked for in the answers."""
+    run, texts = make_run(shipped, "numberline", cot=False, eval_episodes=2, max_new_tokens=20), []
+    encode = run.policy.encode
+    monkeypatch.setattr(run.policy, "encode", lambda pictures, said: (texts.extend(said), encode(pictures, said))[1])
+    result = train.held_out(run, "end", tmp_path / "eval.json")
+    assert texts and not any('"thoughts"' in text for text in texts) and result["reading_rate"] is None
+    evaluation.main(["--task", "numberline", "--model", "pocket", "--no-cot", "--episodes", "1"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reading_rate"] is None
 
 
 def test_a_checkpoint_brings_back_all_that_a_run_hangs_on(shipped, tmp_path):
@@ -2478,7 +2489,7 @@ def test_fine_tuning_and_rl_do_not_share_a_folder(tiny, tmp_path):
         train.main(["--task", "blackjack", "--model", str(tmp_path), "--out", str(tmp_path)])
     assert tree(tmp_path) == before
     (tmp_path / "checkpoint-000004").mkdir()
-    (tmp_path / "checkpoint-000004" / "adapter_model.safetensors").touch()
+    (tmp_path / "checkpoint-000004" / "process0.json").touch()
     sft.main(["--task", "blackjack", "--out", str(tmp_path), "--resume"])
     assert (tmp_path / "checkpoint-000004").exists()
 

@@ -188,16 +188,16 @@ def save(run, folder):
 def load(run, checkpoint):
     """Take up all that save wrote; ModelError where it is damaged, another run's, or would draw other numbers."""
     check(checkpoint, run.policy.base_hash, run.settings)
-    config, base = checkpoint.parent / "config.json", getattr(run.policy, "base_name", None)
-    with foreign(config):
-        own = json.loads(config.read_text(encoding="utf-8"))["model"]
-    if run.settings.model not in (own, base) and str(Path(run.settings.model).resolve()) != base:
-        raise ModelError(f"--model {run.settings.model} is not what this run goes on from, {base}: leave it out")
     stored = json.loads((checkpoint / "process0.json").read_text())
     for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
         if stored[what] != now:
             raise ModelError(f"{checkpoint} was written with {what} {stored[what]}, this is {now}: the random "
                              "numbers would differ; go on as it began, or start a new run")
+    config, base = checkpoint.parent / "config.json", getattr(run.policy, "base_name", None)
+    with foreign(config):
+        own = json.loads(config.read_text(encoding="utf-8"))["model"]
+    if run.settings.model not in (own, base) and str(Path(run.settings.model).resolve()) != base:
+        raise ModelError(f"--model {run.settings.model} is not what this run goes on from, {base}: leave it out")
     stored = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
     run.policy.load(checkpoint)
     generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
