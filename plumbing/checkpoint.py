@@ -111,7 +111,7 @@ def claim(folder, resume):
     """Refuse a folder that this program did not write, or cannot go on with; drop what a kill left of its own."""
     folder = Path(folder)
     has_lines = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
-    if (folder / "sft.json").exists():
+    if not resume and (folder / "sft.json").exists():
         raise ModelError(f"{folder} holds a result of sft.py: choose another --out (and {folder} as --model, to go on "
                          "from it)")
     has_results = any((folder / name).exists() for name in ("eval_start.json", "eval.json", "sft"))
