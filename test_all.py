@@ -4060,7 +4060,10 @@ def test_figures_in_the_prose_are_in_the_result_files():
         won, played = games(task, variant)
         assert re.search(rf"(?<![\d.,]){won} of {played:,}", prose), (task, variant)
     tried = HERE / "results" / "tried"
-    for folder, files in (("taught-points24-no-cot-seed1", ("eval_sft", "eval_start", "eval")),
+    ends = [100 * json.loads(file.read_text())["success"]
+            for file in tried.glob("taught-points24-no-cot-seed*/eval.json")]
+    assert len(ends) == 3 and f"to {recorded.shown(ends)} %" in prose
+    for folder, files in (("taught-points24-no-cot-seed1", ("eval_sft", "eval_start")),
                           ("taught-features-ezpoints-seed1", ("eval_start", "eval"))):
         for file in files:
             success = 100 * json.loads((tried / folder / f"{file}.json").read_text())["success"]
