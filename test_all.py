@@ -2191,7 +2191,7 @@ def test_the_likeliest_answer_hangs_on_no_seed(shipped):
     policy = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, temperature=1.0)
     games = [GAMES["points24"]() for _ in range(6)]
     states = [game.reset(seed=k) for k, game in enumerate(games)]
-    options = SimpleNamespace(policy=None, endpoint=None, greedy=True)
+    options = SimpleNamespace(policy=None, endpoint=None)
     settings = {"cot": True, "max_new_tokens": 60, "play_batch_size": 64}
     for greedy in (True, False):
         options.greedy, answers = greedy, []
@@ -4046,6 +4046,9 @@ def test_figures_draw_what_the_files_say(tmp_path, monkeypatch):
     for axes, task in zip(drawn[1].axes, recorded.PAPER):
         line = next(line for line in axes.lines if len(line.get_xdata()) > 2)
         assert np.allclose(line.get_ydata(), np.nanmean(recorded.curves(recorded.runs(task))[1], 0))
+    monkeypatch.undo()
+    for figure in drawn:
+        plot.pyplot.close(figure)
 
 
 def test_figures_in_the_prose_are_in_the_result_files():

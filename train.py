@@ -187,7 +187,7 @@ def held_out(run, when, path):
         kept = next(name for name in (path.with_name(f"{path.stem}-{n}.json") for n in itertools.count(1))
                     if not name.exists())
         path.rename(kept)
-        parallel.say(f"{path} was not written by this program: it is {kept} now")
+        parallel.say(f"{path} was not written by train.py: it is {kept} now")
     # one that fits was played by this very policy before the run was stopped
     if (result.get("update"), result.get("episodes"), result.get("seed")) != (run.update, *asked):
         parallel.say(f"playing {asked[0]} held-out games (--eval-episodes) …")
