@@ -1,0 +1,356 @@
+"""Draws the figures and prints the tables of the pages, from the JSON files of this folder.
+
+    python results/make.py                                      # curves.png, lambda.png; the tables
+    python results/make.py pack RUN_FOLDER COMMAND --wall-s N   # → runs/NAME.json
+    python results/make.py keep NAME EVALUATION.json            # one more line of baselines.json
+
+A run is `runs/TASK[-VARIANT]-seedN.json`. "a ± b" is the mean over seeds and half of its 95 %
+interval (Student's t). Imports nothing of the project. Does not handle: making the runs
+(run_all.sh).
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend comes first)
+
+RESULTS = Path(__file__).parent
+TASKS = ("numberline", "ezpoints", "points24", "blackjack")
+# Exact success in %: the share of solvable deals, the value of Blackjack's best play.
+CEILING = {"numberline": 100.0, "ezpoints": 100.0, "points24": 73.1, "blackjack": 43.2}
+# The paper's tables, success in %: the four games, then ALFWorld's data set.
+PAPER = {
+    "SFT, 7B": (24.8, 23.0, 2.6, 23.1, 17.7),
+    "RL, 7B": (89.4, 50.0, 2.3, 40.2, 21.7),
+    "RL without CoT, 7B": (26.9, 29.9, 0.0, 40.4, 16.3),
+    "CNN + RL": (87.1, 0.0, 0.0, 38.8, 0.0),
+    "GPT-4V": (65.5, 10.5, 0.0, 25.5, 19.4),
+    "Gemini": (82.5, 2.0, 0.0, 30.0, 13.5),
+}
+LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
+# Student's t, 97.5 %, of one degree of freedom, of two, …
+T = (12.706, 4.303, 3.182, 2.776)
+# The main table: a row's name → a baseline in baselines.json, or else a variant in runs/.
+OURS = {
+    "SFT start, temperature 0.5": "start",
+    "**PPO**": "",
+    "PPO without chain of thought": "no-cot",
+    "PPO on features, no language model": "features",
+    "PPO with self-imitation": "imitation",
+    "supervised learning on clean labels of one game": "best-start",
+    "uniform random": "random",
+    "best constant action": "constant",
+    "hit below 12": "below-12",
+    "hit below 14": "below-14",
+    "best play": "expert",
+}
+HOUSES = {
+    "uniform random": "random",
+    "search without memory": "heuristic",
+    "SFT start": "start",
+    "the same without CoT": "start-no-cot",
+    "**PPO**": "",
+    "PPO without CoT": "no-cot",
+    "PPO, λ 0": "lambda-0",
+    "PPO, λ 0.5": "lambda-0.5",
+    "λ 0.5, twice the steps": "twice",
+}
+
+
+# ---- reading -------------------------------------------------------------------------------------
+def read(path):
+    return json.loads(path.read_text())
+
+
+def runs(task, variant=""):
+    """The runs of a task (and a variant, such as "no-cot"), a dict a seed."""
+    name = f"{task}-{variant}-seed*.json" if variant else f"{task}-seed*.json"
+    return [{"name": path.stem, **read(path)} for path in sorted((RESULTS / "runs").glob(name))]
+
+
+def lambda_runs(weight):
+    """NumberLine's runs with that λ; 0.5 is the default."""
+    return runs("numberline", "" if weight == "0.5" else f"lambda-{weight}")
+
+
+def finals(chosen, key="success"):
+    """In %, of each run's held-out games with its last checkpoint."""
+    return [100 * run["eval"][key] for run in chosen]
+
+
+def baselines():
+    return read(RESULTS / "baselines.json")
+
+
+def baseline(task, name, key="success"):
+    """In %, of what RL did not train: random, constant, expert, start, start-no-cot."""
+    return 100 * baselines()[f"{task}-{name}"][key]
+
+
+def mean_interval(values):
+    """(mean, half of its 95 % interval, None for one value).
+
+    >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
+    [2.0, 2.48]
+    """
+    n = len(values)
+    if n == 1:
+        return values[0], None
+    return statistics.fmean(values), T[n - 2] * statistics.stdev(values) / n ** 0.5
+
+
+def shown(values):
+    """"mean ± half (n)" of percentages.
+
+    (n) where n is not 3; no ± below 3; "–" where there is none.
+    """
+    if not values:
+        return "–"
+    mean, half = mean_interval(values)
+    spread = f" ± {half:.1f}" if len(values) > 2 else ""
+    count = "" if len(values) == 3 else f" ({len(values)})"
+    return f"{mean:.1f}{spread}{count}"
+
+
+def first(run):
+    """The first rollout that wins 90 % of its games; None if none does."""
+    return next((row["update"] for row in run["metrics"] if (row["success"] or 0) >= 0.9), None)
+
+
+def curves(chosen):
+    """(env steps (U,), success in % (seeds, U)): NaN where no episode ended in a rollout."""
+    steps = [row["env_steps"] for row in chosen[0]["metrics"]]
+    success = [[row["success"] for row in run["metrics"]] for run in chosen]
+    return np.array(steps), 100 * np.array(success, float)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(task, name):
+    """Success in % of a baseline where there is one of that name, else of a variant's runs."""
+    known = baselines().get(f"{task}-{name}")
+    return f"{100 * known['success']:.1f}" if known else shown(finals(runs(task, name)))
+
+
+def ours():
+    """The pocket model on the four games, beside players that do not learn, on the same deals."""
+    rows = [[text, *(cell(task, name) for task in TASKS)] for text, name in OURS.items()]
+    rows[1][1:] = [f"**{value}**" for value in rows[1][1:]]          # the method's own row
+    rows.append(["exact ceiling over all deals", *map(str, CEILING.values())])
+    return markdown(["success, %", *TASKS], rows)
+
+
+def paper():
+    """The paper's own figures, and their average over the four games."""
+    rows = [[name, *map(str, row[:4]), f"{statistics.fmean(row[:4]):.1f}", str(row[4])]
+            for name, row in PAPER.items()]
+    return markdown(["the paper, success, %", *TASKS, "average", "ALFWorld"], rows)
+
+
+def seeds():
+    """Every run of PPO: success, its Wilson interval; what its answers are like, before → after."""
+    rows = []
+    for task in TASKS:
+        for run in runs(task):
+            end = run["eval"]
+            low, high = 100 * end["success_low"], 100 * end["success_high"]
+            rows.append([run["name"], f"{100 * end['success']:.1f} ({low:.1f} to {high:.1f})"])
+            for key in ("parse_rate", "reading_rate", "expert_agreement"):
+                rows[-1].append(f"{baseline(task, 'start', key):.1f} → {100 * end[key]:.1f}")
+            rows[-1].append(f"{run['wall_s'] / 60:.0f}")
+    return markdown(["run", "success, % (95 % of these games)", "named a legal action, %",
+                     "read the picture, %", "played as the expert, %", "minutes"], rows)
+
+
+def ablations():
+    """PPO without thoughts, and without a language model: what each seed wins, and how soon."""
+    rows = []
+    for task in TASKS:
+        rows.append([task, cell(task, "start-no-cot")])
+        for variant in ("", "no-cot", "features"):
+            chosen = runs(task, variant)
+            quick = [str(first(run) or "–") for run in chosen]
+            if variant:
+                rows[-1].append(", ".join(f"{value:.1f}" for value in finals(chosen)))
+            rows[-1].append(", ".join(quick))
+    return markdown(["", "start without CoT, %", "PPO: first rollout with 90 %", "without CoT, %",
+                     "first with 90 %", "on features, %", "first with 90 %"], rows)
+
+
+def lambdas():
+    """NumberLine with other λ: held-out success, and how it was learned (means over the seeds)."""
+    names = ("success, %", "first rollout with 90 %", "updates that `target_kl` cut short",
+             "answers parsed in the worst rollout, %")
+    columns = []
+    for weight in LAMBDAS:
+        chosen = lambda_runs(weight)
+        quick = [first(run) for run in chosen]
+        cuts = [sum(row["minibatches"] < 16 for row in run["metrics"]) for run in chosen]
+        worst = [100 * min(row["parse_rate"] for row in run["metrics"]) for run in chosen]
+        means = [f"{statistics.fmean(values):.1f}" for values in (cuts, worst)]
+        quick = f"{statistics.fmean(quick):.1f}" if all(quick) else "–"
+        columns.append([shown(finals(chosen)), quick, *means])
+    return markdown(["numberline, λ", *LAMBDAS], zip(names, *columns))
+
+
+def behaviour(task, names, keys):
+    """A row a player, named as in OURS: its evaluations under these keys, in %, mean over seeds."""
+    rows = []
+    for text, name in names.items():
+        known = baselines().get(f"{task}-{name}")
+        results = [known] if known else [run["eval"] for run in runs(task, name)]
+        means = (statistics.fmean(result[key] for result in results) for key in keys)
+        rows.append([f"{task}: {text}", *(f"{100 * mean:.1f}" for mean in means)])
+    return rows
+
+
+def decisions():
+    """How often each Blackjack policy hits, by total: what the average does not show."""
+    names = {"best play": "expert", "hit below 12": "below-12", "SFT start": "start",
+             "**PPO**": "", "PPO without chain of thought": "no-cot"}
+    keys = ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17", "success")
+    return markdown(["hits, %", "on 4 to 11", "on 12 to 16", "on 17 to 21", "wins, %"],
+                    behaviour("blackjack", names, keys))
+
+
+def plans():
+    """How often a formula game's written plan is right and is followed, and what that wins."""
+    keys = ("plan_rate", "plan_followed", "success")
+    learned = {"SFT start": "start", "**PPO**": ""}
+    others = {"SFT start, temperature 0.3": "start-temperature-0.3",
+              "SFT start, temperature 0.1": "start-temperature-0.1",
+              "PPO with self-imitation": "imitation"}
+    rows = behaviour("ezpoints", learned, keys) + behaviour("points24", learned | others, keys)
+    return markdown(["formula games, %", "plan right while a solution is in reach",
+                     "next symbol follows the plan", "success"], rows)
+
+
+def households():
+    """ALFWorld in small houses: success in 500 held-out houses."""
+    cells = [cell("alfworld", name) for name in HOUSES.values()]
+    return markdown(["ALFWorld, %", *HOUSES], [["held-out houses", *cells]])
+
+
+def survived():
+    """What was done to run folders (lab/torture.py), how often, and how often they held."""
+    tried = read(RESULTS / "bench" / "torture.json")["tried_held"]
+    rows = [[name, *(f"{count:,}" for count in counts)] for name, counts in tried.items()]
+    return markdown(["tried", "times", "held"], rows)
+
+
+def tables():
+    """All tables that pages show, but for those of LOG.md, which are history."""
+    makers = (ours, paper, seeds, ablations, lambdas, decisions, plans, households, survived)
+    return [make() for make in makers]
+
+
+# ---- figures -------------------------------------------------------------------------------------
+def save(figure, name, room=0):
+    figure.tight_layout(rect=(0, room, 1, 1))
+    figure.savefig(RESULTS / name, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_curves():
+    """A panel a game: success while it learns, mean and range of seeds; dots: held-out games."""
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
+    for axes, task in zip(panels, TASKS):
+        for variant, start, label, color in (
+                ("", "start", "PPO", "tab:blue"),
+                ("no-cot", "start-no-cot", "PPO without CoT", "tab:red")):
+            chosen = runs(task, variant)
+            steps, success = curves(chosen)
+            axes.plot(steps, np.nanmean(success, 0), color=color, label=label)
+            axes.fill_between(steps, np.nanmin(success, 0), np.nanmax(success, 0), color=color,
+                              alpha=0.2, linewidth=0)
+            axes.plot(0, baseline(task, start), "o", color=color, markersize=4)
+            axes.plot([steps[-1]] * len(chosen), finals(chosen), "o", color=color, markersize=4)
+        axes.axhline(CEILING[task], linestyle="--", color="black", label="exact ceiling")
+        axes.axhline(baseline(task, "random"), linestyle="--", color="gray", label="uniform random")
+        axes.set(title=task, xlabel="environment steps", ylim=(-2, 104))
+    panels[0].set_ylabel("success, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    save(figure, "curves.png", 0.08)
+
+
+def draw_lambda():
+    """NumberLine while it learns, a line a λ, the mean over seeds."""
+    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    for weight in LAMBDAS:
+        steps, success = curves(lambda_runs(weight))
+        color = pyplot.cm.viridis(0.95 * float(weight))
+        axes.plot(steps, np.nanmean(success, 0), color=color, label=f"λ = {weight}")
+    axes.set(title="numberline", xlabel="environment steps", ylabel="success, %", ylim=(0, 104))
+    axes.legend(fontsize=7, loc="center right", ncols=2)
+    save(figure, "lambda.png")
+
+
+# ---- writing -------------------------------------------------------------------------------------
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def written(content):
+    """JSON whose differences can be read: a line a key, of metrics and transcripts a line a row."""
+    parts = []
+    for key, value in content.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if key in ("metrics", "transcripts"):
+            rows = [json.dumps(row, ensure_ascii=False) for row in value]
+            text = "[\n" + ",\n".join(rows) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def pack(folder, command, wall_s=None):
+    """What is kept of a run: its command, settings, seconds, held-out games, metrics, answers."""
+    run = {"command": command, "config": read(folder / "config.json")}
+    if wall_s:
+        run |= {"wall_s": wall_s, "cores": 1}
+    for name in ("eval_start", "eval"):
+        if (folder / f"{name}.json").exists():
+            run[name] = read(folder / f"{name}.json")
+    run["metrics"] = lines(folder / "metrics.jsonl")
+    keys = ("update", "text", "action", "named", "reward")
+    run["transcripts"] = [{key: row[key] for key in keys}
+                          for row in lines(folder / "transcripts.jsonl")]
+    return run
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", nargs="?", choices=("draw", "pack", "keep"), default="draw")
+    parser.add_argument("first", nargs="?", help="pack: the run folder; keep: the baseline's name")
+    parser.add_argument("second", nargs="?", help="pack: its command; keep: the file of eval.py")
+    parser.add_argument("--wall-s", type=int, help="pack: seconds that the run took, on one core")
+    return parser
+
+
+def main(arguments=None):
+    options = make_parser().parse_args(arguments)
+    if options.job == "pack":
+        folder = Path(options.first)
+        run = pack(folder, options.second, options.wall_s)
+        (RESULTS / "runs" / f"{folder.name}.json").write_text(written(run))
+    elif options.job == "keep":
+        known = baselines() | {options.first: read(Path(options.second))}
+        (RESULTS / "baselines.json").write_text(written(dict(sorted(known.items()))))
+    else:
+        draw_curves()
+        draw_lambda()
+        print(*tables(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
