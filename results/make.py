@@ -166,9 +166,9 @@ def seeds():
         for key in ("parse_rate", "reading_rate", "expert_agreement"):
             after = ", ".join(f"{value:.1f}" for value in finals(chosen, key))
             rows[-1].append(f"{baseline(task, 'start', key):.1f} → {after}")
-        rows[-1].append(", ".join(f"{run['wall_s'] / 60:.0f}" for run in chosen))
-    return markdown(["seeds 1, 2, …: before → after RL", "success, %", "named a legal action, %", "read the picture, %",
-                     "played as the expert, %", "minutes"], rows)
+        rows[-1].append(", ".join(f"{run.get('wall_s', np.nan) / 60:.0f}" for run in chosen))
+    return markdown(["seeds 1, 2, …: before → after RL", "success, %", "named a legal action, %",
+                     "read the picture, %", "played as the expert, %", "minutes"], rows)
 
 
 def ablations():
