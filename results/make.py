@@ -158,7 +158,7 @@ def paper():
 
 
 def seeds():
-    """Every run of PPO, a game a row, its seeds in turn: success, what answers are like, minutes."""
+    """Every run of PPO, a game a row, its seeds in turn: success, what answers are like, time."""
     rows = []
     for task in TASKS:
         chosen = runs(task)
