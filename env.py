@@ -1,20 +1,24 @@
-"""The four games of RL4VLM's gym_cards as Gymnasium environments: NumberLine, EZPoints, Points24, Blackjack.
+"""The four games of RL4VLM's gym_cards as Gymnasium environments, and ALFWorld's name among them.
 
-    env = gymnasium.make("cards/Blackjack-v0")        # after `import env`; or env.GAMES["blackjack"]()
-    picture, info = env.reset(seed=1)                  # (300, 300, 3) uint8, and what the picture shows
-    picture, reward, terminated, truncated, info = env.step(1)        # an index into legal_actions()
-    envs = gymnasium.make_vec("env:cards/Blackjack-v0", num_envs=3, vectorization_mode="async")         # or "sync"
+    env = gymnasium.make("cards/Blackjack-v0")      # after `import env`; or GAMES["blackjack"]()
+    picture, info = env.reset(seed=1)               # (300, 300, 3) uint8, and what it shows
+    picture, reward, terminated, truncated, info = env.step(1)      # an index into legal_actions()
+    envs = gymnasium.make_vec("env:cards/Blackjack-v0", num_envs=3, vectorization_mode="async")
 
-Differs from the published gym_cards: all chance comes from the environment's own generator, formulas are exact
-fractions, two adjacent digits never form a number, NumberLine draws its 30 deals uniformly, the dealer's hidden
-card is nowhere in `info`. Rules: section 5 and appendix B of the paper (arXiv 2405.10292).
-Does not handle: what all games share (games/game.py), drawing (games/draw.py), the arithmetic of formulas
-(games/formula.py), prompts and answers (parse.py).
+A game is a class: its description and actions, how it is dealt, played, told and drawn. What all
+games share (seeding, counting steps, success, saved states) is games/game.py's class Game.
+
+Differs from the published gym_cards: all chance comes from the environment's own generator,
+formulas are exact fractions, two adjacent digits never form a number, NumberLine draws its 30 deals
+uniformly, the dealer's hidden card is nowhere in `info`. Rules: section 5 and appendix B of the
+paper (arXiv 2405.10292). Does not handle: drawing (games/draw.py), the arithmetic of formulas
+(games/formula.py), who plays well (games/expert.py), prompts and answers (parse.py).
 """
 
 import gymnasium
 
 from games import draw
+from games.alfworld.game import ALFWorld
 from games.draw import RANKS, SUITS
 from games.formula import is_right, solutions
 from games.game import Game
@@ -26,53 +30,63 @@ def _are_cards(cards):
 
 
 class NumberLine(Game):
-    """Move the current number to the target, one step at a time, in 0..max_position, within 2 · max_position steps.
+    """Move the current number to the target, one step at a time, in 0..max_position.
 
-    Reward: +1 on reaching the target (ends), −1 for a step that brings it no closer (a bump at the edge too), else 0.
+    Reward: +1 on reaching the target (ends), −1 for a step that brings it no closer (a bump at the
+    edge too), else 0. Time is up after 2 · max_position steps.
     """
 
-    description = "Move the current number to the target number."
-    actions = ("-", "+")
-    fields = ("target", "current")
+    description = "Move the current number to the target number."     # opens the prompt
+    actions = ("-", "+")                # what an answer may name, and what step() counts through
+    fields = ("target", "current")      # the state, which get_state and set_state carry
 
     def __init__(self, max_position=5, render_mode=None):
         if not 1 <= max_position <= 99:
-            raise ValueError(f"max_position must be 1 to 99, so that the picture can show it, not {max_position}")
+            raise ValueError(
+                f"max_position must be 1 to 99, as the picture can show it, not {max_position}")
+        # as published; the farthest deal needs half of them
         self.max_position, self.max_steps = max_position, 2 * max_position
         super().__init__(render_mode)
 
     def _is_possible(self):
-        return (all(type(n) is int and 0 <= n <= self.max_position for n in (self.target, self.current))
-                and (self.over or self.current != self.target))
+        # asked by set_state: a file may hold anything
+        for number in (self.target, self.current):
+            if type(number) is not int or not 0 <= number <= self.max_position:
+                return False
+        return self.over or self.current != self.target     # on the target the game is over
 
     def _deal(self):
         # Uniform over the n (n + 1) ordered pairs of different numbers: one draw, no re-rolling.
         pair = int(self.np_random.integers(self.max_position * (self.max_position + 1)))
         self.target, self.current = divmod(pair, self.max_position)
-        if self.current >= self.target:                        # the positions but the target: those from it on move up
+        # the current number is drawn among all but the target: those from it on move up
+        if self.current >= self.target:
             self.current += 1
 
     def _play(self, action):
         before = abs(self.target - self.current)
         step = 1 if action == "+" else -1
+        # an edge holds the number: no step closer, so a bump costs 1 as well
         self.current = min(max(self.current + step, 0), self.max_position)
         after = abs(self.target - self.current)
-        return (1 if after == 0 else -1 if after >= before else 0), after == 0
+        reward = 1 if after == 0 else -1 if after >= before else 0
+        return reward, after == 0
 
     def _info(self):
         return {"target": self.target, "current": self.current}
 
     def _draw(self):
+        # two lines of text, the numbers to be read
         canvas = draw.table()
         draw.put(canvas, draw.word(f"Target: {self.target}", 44), 34, 30)
         draw.put(canvas, draw.word(f"Current: {self.current}", 44), 34, 102)
-        # the line, its ticks, and a marker over the current number (the target is to be read, not seen)
+        # The line and its ticks. A marker stands over the current number; the target is to be read.
         left, right, y = 34, 266, 230
         canvas[y:y + 3, left:right + 1] = draw.PAPER
         for n in range(self.max_position + 1):
             x = left + (right - left) * n // self.max_position
             canvas[y - 6:y + 9, x - 1:x + 2] = draw.PAPER
-            if self.max_position <= 10:
+            if self.max_position <= 10:     # more labels would run into each other
                 draw.put(canvas, draw.word(str(n), 20), x - 6, y + 14)
         x = left + (right - left) * self.current // self.max_position
         canvas[y - 26:y - 10, x - 6:x + 7] = draw.GOLD
@@ -82,67 +96,91 @@ class NumberLine(Game):
 class _FormulaGame(Game):
     """EZPoints and Points24: lay numbers and operators one by one until "=" is played.
 
-    Reward: +10 for "=" on a formula that is right and uses every card once; −1 for "=" on any other (both end);
-    −1 for a number that is on no unused card (the formula stays as it is); else 0.
+    Reward: +10 for "=" on a formula that is right and uses every card once; −1 for "=" on any other
+    (both end); −1 for a number that is on no unused card (the formula stays as it is); else 0.
     """
 
     operators = ""              # what the solver may use
     brackets = ()
     fields = ("cards", "formula")
     count = 0                   # cards dealt
+    # a win of 10 counts as 1 in GAE, as in the other games (rollout.add_advantages)
+    preferred_settings = {"reward_scale": 0.1}
 
     def __init__(self, target, face_cards_as_10=True, solvable_only=True, render_mode=None):
-        self.target, self.face_cards_as_10, self.solvable_only = target, face_cards_as_10, solvable_only
+        self.target, self.solvable_only = target, solvable_only
+        self.face_cards_as_10 = face_cards_as_10
         highest = 10 if face_cards_as_10 else 13
-        self.actions = (*(str(n) for n in range(1, highest + 1)), *self.operators, *self.brackets, "=")
-        faces = "J, Q and K count as 10." if face_cards_as_10 else "J, Q and K count as 11, 12 and 13."
-        self.description = f"Build a formula equal to {target} from all the cards, one symbol at a time. {faces}"
+        numbers = [str(n) for n in range(1, highest + 1)]
+        # subtle: all numbers are legal at all times. The model has to see which cards it has: a
+        # number that is on none of them costs 1.
+        self.actions = (*numbers, *self.operators, *self.brackets, "=")
+        faces = "J, Q and K count as 11, 12 and 13."
+        if face_cards_as_10:
+            faces = "J, Q and K count as 10."
+        self.description = (
+            f"Build a formula equal to {target} from all the cards, one symbol at a time. {faces}")
         super().__init__(render_mode)
 
     def state_text(self, info):
+        # in the prompt, so that it changes at every step
         return f'The formula so far: "{"".join(info["formula"])}".'
 
     def _is_possible(self):
-        if not (_are_cards(self.cards) and len(self.cards) == self.count and isinstance(self.formula, list)
-                and all(isinstance(token, str) for token in self.formula) and len(self.formula) <= self.steps):
+        if not _are_cards(self.cards) or len(self.cards) != self.count:
             return False
-        numbers, used = self._numbers(), [token for token in self.formula if token.isdecimal()]
-        return (set(self.formula) <= {*self.actions} - {"="}
-                and all(used.count(token) <= numbers.count(token) for token in used))
+        if not isinstance(self.formula, list) or len(self.formula) > self.steps:
+            return False
+        if not all(isinstance(token, str) for token in self.formula):
+            return False
+        # only symbols that can be laid, and no number more often than the cards have it
+        numbers, used = self._numbers(), self._used()
+        known = {*self.formula} <= {*self.actions} - {"="}
+        return known and all(used.count(token) <= numbers.count(token) for token in used)
 
     def _number(self, card):
-        rank = card // 4 + 1                                   # cards are 0..51, a rank's four suits together
+        rank = card // 4 + 1        # cards are 0..51, a rank's four suits together
         return min(rank, 10) if self.face_cards_as_10 else rank
 
     def _numbers(self):
         return [str(self._number(card)) for card in self.cards]
 
+    def _used(self):
+        return [token for token in self.formula if token.isdecimal()]
+
     def _deal(self):
         self.formula = []
+        # two cards make 12 in one deal of nine: EZPoints deals until one does
         for _ in range(10_000):
             self.cards = [int(c) for c in self.np_random.integers(52, size=self.count)]
             if not self.solvable_only or self.solution():
                 return
-        raise ValueError(f"no deal in 10,000 reaches {self.target}: choose another target or solvable_only=False")
+        raise ValueError(
+            f"no deal in 10,000 reaches {self.target}: choose another target, or "
+            "solvable_only=False")
 
     def solution(self):
         """The simplest formula for the dealt cards, as a tuple of tokens; () if there is none."""
-        found = solutions(tuple(sorted(map(self._number, self.cards))), self.target, self.operators)
+        numbers = tuple(sorted(map(self._number, self.cards)))
+        found = solutions(numbers, self.target, self.operators)
         return found[0] if found else ()
 
     def _play(self, action):
         numbers = self._numbers()
-        used = [token for token in self.formula if token.isdecimal()]
-        if action == "=":
+        if action == "=":               # the only end but time, right or wrong
             return (10 if is_right(self.formula, numbers, self.target) else -1), True
-        if action.isdecimal() and used.count(action) >= numbers.count(action):
-            return -1, False
+        if action.isdecimal() and self._used().count(action) >= numbers.count(action):
+            return -1, False            # on no unused card: refused, and the game goes on
         self.formula.append(action)
         return 0, False
 
     def _info(self):
-        return {"cards": [RANKS[c // 4] for c in self.cards], "numbers": [self._number(c) for c in self.cards],
-                "formula": self.formula, "target": self.target}
+        return {
+            "cards": [RANKS[c // 4] for c in self.cards],
+            "numbers": [self._number(c) for c in self.cards],
+            "formula": self.formula,
+            "target": self.target,
+        }
 
     def _draw(self):
         canvas = draw.table()
@@ -157,14 +195,14 @@ class _FormulaGame(Game):
 class EZPoints(_FormulaGame):
     """Two cards, always solvable; a formula of +, * that equals 12 within 5 steps."""
 
-    operators, count, max_steps = "+*", 2, 5
+    operators, count, max_steps = "+*", 2, 5        # 3 symbols and "=", one step to spare
 
     def __init__(self, target=12, face_cards_as_10=True, render_mode=None):
         super().__init__(target, face_cards_as_10, True, render_mode)
 
 
 class Points24(_FormulaGame):
-    """Four cards, 73.09 % of the deals solvable; a formula of + - * / ( ) that equals 24 within 20 steps."""
+    """Four cards, 73.09 % of the deals solvable; + - * / ( ) are to make 24 within 20 steps."""
 
     operators, brackets, count, max_steps = "+-*/", ("(", ")"), 4, 20
 
@@ -173,39 +211,35 @@ class Points24(_FormulaGame):
 
 
 class Blackjack(Game):
-    """Gymnasium's Blackjack-v1 (Sutton and Barto, example 5.1): infinite deck, the dealer stands on 17.
+    """Gymnasium's Blackjack-v1 (Sutton and Barto, example 5.1), without its extra for naturals.
 
-    natural: a two-card 21 that wins pays 1.5; sab: it beats any other 21 and pays 1 ("Sutton and Barto", wins over
-    `natural`). Reward +1 win, 0 draw, −1 loss, at the end.
+    Infinite deck, the dealer stands on 17. Reward +1 win, 0 draw, −1 loss, at the end.
     """
 
-    description = "You play blackjack against the dealer. The dealer's cards are above, yours below."
+    description = (
+        "You play blackjack against the dealer. The dealer's cards are above, yours below.")
     actions = ("stand", "hit")
-    fields = ("player", "dealer")
-
-    def __init__(self, natural=False, sab=False, render_mode=None):
-        self.natural, self.sab = natural, sab
-        super().__init__(render_mode)
+    fields = ("player", "dealer")       # two hands of cards 0..51
 
     def _is_possible(self):
         return all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer))
 
     def _card(self):
-        return int(self.np_random.integers(52))
+        return int(self.np_random.integers(52))         # an infinite deck: no card is missing
 
     def _deal(self):
-        self.dealer = [self._card(), self._card()]              # the second lies face down
+        self.dealer = [self._card(), self._card()]      # the second lies face down
         self.player = [self._card(), self._card()]
 
     @staticmethod
     def total(hand):
-        """(total, usable ace) of a hand of cards 0..51: an ace counts 11 where that does not bust.
+        """(total, usable ace) of cards 0..51: an ace counts 11 where that does not bust.
 
         >>> Blackjack.total([0, 36])      # an ace and a 10
         (21, True)
         """
-        ranks = [c // 4 + 1 for c in hand]
-        hard = sum(min(rank, 10) for rank in ranks)
+        ranks = [c // 4 + 1 for c in hand]              # 1 an ace, 11 to 13 the court
+        hard = sum(min(rank, 10) for rank in ranks)     # every ace as 1
         usable = 1 in ranks and hard + 10 <= 21
         return hard + 10 * usable, usable
 
@@ -214,46 +248,54 @@ class Blackjack(Game):
             self.player.append(self._card())
             bust = self.total(self.player)[0] > 21
             return (-1 if bust else 0), bust
+        # "stand": the dealer's turn, whose rule leaves no choice
         while self.total(self.dealer)[0] < 17:
             self.dealer.append(self._card())
         mine, theirs = self.total(self.player)[0], self.total(self.dealer)[0]
-        reward = 1 if theirs > 21 or mine > theirs else -1 if mine < theirs else 0
-        is_natural = mine == 21 and len(self.player) == 2
-        if self.sab and is_natural and not (theirs == 21 and len(self.dealer) == 2):
-            reward = 1
-        elif self.natural and not self.sab and is_natural and reward == 1:
-            reward = 1.5
-        return reward, True
+        return (1 if theirs > 21 or mine > theirs else -1 if mine < theirs else 0), True
 
     def _info(self):
+        # subtle: of the dealer's cards the first alone, or the thoughts could be told the second
         total, usable = self.total(self.player)
-        return {"dealer": RANKS[self.dealer[0] // 4], "hand": [RANKS[c // 4] for c in self.player],
-                "total": total, "usable_ace": usable}
+        return {
+            "dealer": RANKS[self.dealer[0] // 4],
+            "hand": [RANKS[c // 4] for c in self.player],
+            "total": total,
+            "usable_ace": usable,
+        }
 
     def _draw(self):
+        # the dealer above, the player below, each hand fanned so that every corner shows
         canvas = draw.table()
-        # The dealer's second card is turned up only when the episode is over.
-        shown = [(RANKS[c // 4] if i != 1 or self.over else None, SUITS[c % 4]) for i, c in enumerate(self.dealer)]
+        dealer = [(RANKS[c // 4], SUITS[c % 4]) for c in self.dealer]
+        if not self.over:
+            dealer[1] = (None, dealer[1][1])    # turned up only when the episode is over
         draw.put(canvas, draw.word("Dealer", 14), 14, 5)
-        draw.put_hand(canvas, shown, 24)
+        draw.put_hand(canvas, dealer, 24)
         draw.put(canvas, draw.word("You", 14), 14, 144)
         draw.put_hand(canvas, [(RANKS[c // 4], SUITS[c % 4]) for c in self.player], 164)
         return canvas
 
 
-GAMES = {"numberline": NumberLine, "ezpoints": EZPoints, "points24": Points24, "blackjack": Blackjack}
-
-TASKS = (*GAMES, "alfworld")
+# ---- by name -----------------------------------------------------------------------------------
+GAMES = {
+    "numberline": NumberLine,
+    "ezpoints": EZPoints,
+    "points24": Points24,
+    "blackjack": Blackjack,
+}
+# the paper's second world; its engine is an optional package, needed when such a game is made
+TASKS = {**GAMES, "alfworld": ALFWorld}
 
 
 def make_game(task: str, **options) -> Game:
-    """A game of a task; ALFWorld is imported only where it is asked for."""
-    if task == "alfworld":
-        from alfworld_env import ALFWorld
-        return ALFWorld(**options)
-    return GAMES[task](**options)
+    """A game of a task, with its constructor's options."""
+    return TASKS[task](**options)
 
 
-for _game in GAMES.values():
-    if f"cards/{_game.__name__}-v0" not in gymnasium.registry:
-        gymnasium.register(f"cards/{_game.__name__}-v0", entry_point=f"env:{_game.__name__}")
+# gymnasium.make knows them by these names; an import twice must not register twice
+for _name, _game in TASKS.items():
+    _id = f"{'cards' if _name in GAMES else 'alfworld'}/{_game.__name__}-v0"
+    if _id not in gymnasium.registry:
+        module = "env" if _name in GAMES else "games.alfworld.game"
+        gymnasium.register(_id, entry_point=f"{module}:{_game.__name__}")

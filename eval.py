@@ -1,57 +1,55 @@
-"""Held-out evaluation: how often a policy wins, what it does in which state, whether it read the picture.
+"""Held-out evaluation: how often a policy wins, what it does in which state, what it read.
 
     python eval.py --task blackjack --run runs/blackjack-seed1 --episodes 5000
-    python eval.py --task blackjack --model pocket                # where RL starts
-    python eval.py --task blackjack --policy always:stand         # random, expert, always:ACTION: what to compare with
-    python eval.py --task all --model pocket                      # every game, and the paper's average
-    python eval.py --task points24 --endpoint https://api.openai.com/v1 --model NAME --episodes 200
+    python eval.py --task blackjack --model pocket              # where RL starts
+    python eval.py --task blackjack --policy below:14           # what to compare with
+    python eval.py --task all --model pocket                    # every game, and their average
+    python eval.py --task points24 --endpoint https://api.openai.com/v1 --model NAME
 
-Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds (train.py).
-The last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack, so look at
-`reading_rate`, `expert_agreement`, `lost_by` and `hit_rate_by_total` first (games/statistics.py).
-Does not handle: who plays (players.py), letting a policy answer (rollout.py).
+Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds. The
+last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack,
+so look at `reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` first
+(games/statistics.py). Does not handle: who plays (players.py), letting a policy answer
+(rollout.py).
 """
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import json
 import os
-import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C in the seconds of importing: no traceback
-
 import numpy as np
+from tqdm import tqdm
 
+import parallel
 from env import GAMES, TASKS, make_game
-from games.houses import HouseError, data_files
-from games.statistics import Decision, decision_statistics, rate
-from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player, start_temperature
-from plumbing.errors import ModelError, foreign, in_words
-from plumbing.interval import wilson
-from plumbing.settings import WORLD, Settings, add_flags, default_of, with_task_defaults
-from vlm.loading import is_small
+from games.alfworld.houses import HouseError, data_files
+from games.statistics import Decision, decision_statistics, rate, wilson
+from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
+from plumbing.checkpoint import write_whole
+from plumbing.errors import ModelError, as_model_error, in_words, say
+from plumbing.settings import WORLD, Settings, add_flags, resolve
 
-BASELINES = Path(__file__).parent / "results" / "baselines"
+BASELINES = Path(__file__).parent / "results" / "baselines.json"
 
 
-# ---- playing --------------------------------------------------------------------------------------------------------
+# ---- playing -----------------------------------------------------------------------------------
 @dataclass
 class Slot:
     """One of the games side by side: which episode it plays, and what it shows now."""
+
     game: Any
     episode: int
     picture: np.ndarray = None
     info: dict = None
 
 
-def at_most(episodes, world) -> int:
-    """As many episodes as asked for, or as there are: ALFWorld's data set holds out some 140 houses."""
+def available_episodes(episodes, world) -> int:
+    """As many as asked for, or as there are: ALFWorld's data set holds out some 140 houses."""
     if (world or {}).get("houses") != "data":
         return episodes
     try:
@@ -60,21 +58,24 @@ def at_most(episodes, world) -> int:
         raise ModelError(str(error)) from error
 
 
-def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None, world=None) -> dict:
-    """Play episodes seed, seed + 1, … and return the summary as a dict of plain values (results/README.md).
+def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None,
+             world=None) -> dict:
+    """Play episodes seed, seed + 1, … and return the summary as a dict of plain values.
 
-    num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is None);
-    watch(picture, choice, episode) is called at every step, and at an episode's last picture with the choice None;
-    world: env.make_game's further options. ALFWorld's houses are those held out, and success is told by kind of task.
+    num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is
+    None); watch(picture, choice, episode) is called at every step, and at an episode's last picture
+    with the choice None; world: env.make_game's further options. ALFWorld's houses are those held
+    out, and success is told by kind of task. The meanings: results/README.md, "Metrics".
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
-    episodes = at_most(episodes, world)
+    episodes = available_episodes(episodes, world)
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     kinds = [None] * episodes
     world = ({"split": "held out"} if task == "alfworld" else {}) | (world or {})
     decisions, waiting = [], iter(range(episodes))
-    slots = [Slot(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
+    slots = [
+        Slot(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
     for slot in slots:
         slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
     while slots:
@@ -85,126 +86,187 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
                 watch(slot.picture, choice, slot.episode)
             slot.picture, reward, terminated, truncated, slot.info = slot.game.step(choice.index)
             returns[slot.episode] += reward
-            if terminated or truncated:
-                success[slot.episode], goals[slot.episode] = slot.info["is_success"], terminated and reward > 0
-                kinds[slot.episode] = slot.info.get("kind")
-                if watch:
-                    watch(slot.picture, None, slot.episode)
-                slot.episode = next(waiting, None)
-                if slot.episode is not None:
-                    slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
+            if not (terminated or truncated):
+                continue
+            success[slot.episode] = slot.info["is_success"]
+            goals[slot.episode] = terminated and reward > 0
+            kinds[slot.episode] = slot.info.get("kind")
+            if watch:
+                watch(slot.picture, None, slot.episode)
+            slot.episode = next(waiting, None)      # the slot goes on with the next deal
+            if slot.episode is not None:
+                slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
         slots = [slot for slot in slots if slot.episode is not None]
     low, high = wilson(success.sum(), episodes)
-    result = {"task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
-              "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
-              "return_mean": returns.mean().item(), "goal_rate": goals.mean().item()}
+    result = {
+        "task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
+        "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
+        "return_mean": returns.mean().item(), "goal_rate": goals.mean().item(),
+    }
     if any(kinds):
-        result["success_by_kind"] = {kind: rate(won for won, own in zip(success, kinds) if own == kind)
-                                     for kind in sorted(set(kinds))}
+        result["success_by_kind"] = {
+            kind: rate(won for won, own in zip(success, kinds) if own == kind)
+            for kind in sorted(set(kinds))}
     return result | decision_statistics(task, decisions, cot)
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+def held_out(policy, settings, update, path, board=None):
+    """train.py's held-out games, before and after: play, write, print and return the result.
+
+    A result that is there already is taken where this very policy played it, before the run was
+    stopped. board: extras.board.Board with --tensorboard.
+    """
+    if parallel.rank() or not settings.eval_episodes:
+        return None
+    episodes = available_episodes(settings.eval_episodes, settings.world)
+    there = f"{path} (delete it, and its games are played again)"
+    with as_model_error(there):
+        result = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    if result and "update" not in result:
+        # eval.py wrote it, of whatever policy: it stays, by another name
+        names = (path.with_name(f"{path.stem}-{n}.json") for n in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        path.rename(kept)
+        say(f"{path} was not written by train.py: it is {kept} now")
+    played = result.get("update"), result.get("episodes"), result.get("seed")
+    if played != (update, episodes, settings.eval_seed):
+        say(f"playing {episodes} held-out games (--eval-episodes) …")
+        player = model_player(policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
+                              batch_size=settings.play_batch_size)
+        with tqdm(total=episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
+            watch = lambda picture, choice, episode: bar.update(choice is None)
+            if board:
+                watch = board.filming(path, watch)
+            result = evaluate(player, settings.task, episodes, settings.eval_seed,
+                              settings.num_envs, settings.cot, watch, settings.world)
+        result["update"] = update
+        write_whole(path, json.dumps(result) + "\n")
+    if board:
+        board.catch_up()
+    with as_model_error(there):
+        success, low, high, parsed = (
+            100 * result[key] for key in ("success", "success_low", "success_high", "parse_rate"))
+        read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
+        say(f"{'end' if update else 'start'}: success {success:.1f} % ({low:.1f} to {high:.1f}), "
+            f"return {result['return_mean']:.3f}, answers parsed {parsed:.1f} %{read}")
+    return result
+
+
+# ---- the command line --------------------------------------------------------------------------
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=(*TASKS, "all"),
-                        help="all: one after the other, ALFWorld where its engine is installed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", required=True, choices=(*TASKS, "all"),
+        help="all: one after the other, ALFWorld where its engine is installed")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", help="a run folder of train.py: its last checkpoint, its settings")
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
-    who.add_argument("--policy", help="random, expert, always:ACTION, or on alfworld heuristic")
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a draw")
-    parser.add_argument("--render", metavar="FILE", help="also show the first episode: .html with each token's "
-                        "probability, V and advantages, .gif or .png")
-    parser.add_argument("--beside", metavar="RUN", help="a second run, model or policy, beside the first in the .html")
-    parser.add_argument("--out", metavar="FILE.json", help="also write the JSON object to a file")
-    remote = parser.add_argument_group("a model behind an OpenAI-compatible endpoint (extras/endpoint.py)")
-    remote.add_argument("--endpoint", metavar="URL", help="such as https://api.openai.com/v1; --model names "
-                        "the model there, $OPENAI_API_KEY is the key")
+    who.add_argument("--policy", help="random, expert, always:ACTION; at Blackjack below:TOTAL; on "
+                     "ALFWorld heuristic")
+    add("--episodes", type=int, default=1000)
+    add("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
+    add("--greedy", action="store_true", help="the likeliest token instead of a draw")
+    add("--render", metavar="FILE", help="also show the first episode: .html with each token's "
+        "probability, V and advantages, .gif or .png")
+    add("--beside", metavar="RUN",
+        help="a second run, model or policy, beside the first in the .html")
+    add("--out", metavar="FILE.json", help="also write the JSON object to a file")
+    remote = parser.add_argument_group(
+        "a model behind an OpenAI-compatible endpoint (extras/endpoint.py)")
+    remote.add_argument("--endpoint", metavar="URL", help="such as https://api.openai.com/v1; "
+                        "--model names the model there, $OPENAI_API_KEY is the key")
     remote.add_argument("--concurrency", type=int, default=8, help="calls at once [8]")
-    remote.add_argument("--transcripts", metavar="FOLDER", help="where each call is kept, to go on from without paying "
-                        "twice [runs/endpoint-MODEL]")
+    remote.add_argument("--transcripts", metavar="FOLDER", help="where each call is kept, to go on "
+                        "from without paying twice [runs/endpoint-MODEL]")
     settings = parser.add_argument_group("settings", "a run brings its own; bits, cot: for --model")
     add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
 
 
 def find_policy(options, given, task):
-    """Return (policy, its name, the settings to play with) for a command line; given: those that were chosen.
+    """Return (policy, its name, the Settings to play with) for a command line.
 
-    The policy is None where a script or an endpoint plays.
+    given: the settings that were chosen. The policy is None where a script or an endpoint plays.
     """
-    default = with_task_defaults(Settings, {"task": task})
-    settings = {name: getattr(default, name) for name in ("cot", "num_envs", "max_new_tokens", *WORLD)}
     if options.policy or options.endpoint:
-        return None, options.policy or options.model, settings | given
-    if options.run:
-        policy, own = open_run(options.run)
-        policy.temperature = given.get("temperature", policy.temperature)
-        name = options.run
-        if own["task"] != task:
-            print(f"note: {name} was trained on {own['task']}")
-            del own["num_envs"]                                 # ALFWorld's games are larger than cards
-        settings |= own | given
-    else:
-        policy, name = open_policy(options.model, given.get("bits", "auto"), given.get("temperature"), task)
-        settings |= {"play_batch_size": default_of(Settings, "play_batch_size", is_small(policy.model.config))} | given
-    return policy, name, settings
+        settings = resolve(Settings, {"task": task, **given})
+        return None, options.policy or options.model, settings
+    if not options.run:
+        policy, settings = open_policy(options.model, task, **given)
+        return policy, settings.model, settings
+    policy, settings = open_run(options.run)
+    policy.temperature = given.get("temperature", policy.temperature)
+    if settings.task != task:
+        print(f"note: {options.run} was trained on {settings.task}")
+        own = resolve(Settings, {"task": task})     # ALFWorld's games are larger
+        settings = replace(settings, task=task, num_envs=own.num_envs)
+    return policy, options.run, replace(settings, **given)
 
 
-def make_player(options, policy, settings, task):
+def make_player(options, policy, settings, given):
     """The player that a command line asks for: a script, an endpoint's model, or the policy."""
     if options.policy:
-        return scripted_player(options.policy, task, options.seed)
+        return scripted_player(options.policy, settings.task, options.seed)
     if options.endpoint:
         from extras.endpoint import EndpointPlayer
-        return EndpointPlayer(options.endpoint, options.model, options.transcripts, options.concurrency, options.seed,
-                              settings["cot"], settings["max_new_tokens"], settings.get("temperature"), options.greedy)
-    return model_player(policy, options.seed, settings["cot"], settings["max_new_tokens"], options.greedy,
-                        settings["play_batch_size"])
+        return EndpointPlayer(
+            options.endpoint, options.model, options.transcripts, options.concurrency, options.seed,
+            settings.cot, settings.max_new_tokens, given.get("temperature"), options.greedy)
+    return model_player(policy, options.seed, settings.cot, settings.max_new_tokens, options.greedy,
+                        settings.play_batch_size)
 
 
 def check_options(options, given):
-    """ValueError, in words, for what makes no sense; what is to be written is tried."""
-    if empty := [name for name, value in vars(options).items() if value == ""]:
-        raise ValueError(f"--{empty[0]} is empty: an unset variable?")
-    for name, value in {"episodes": options.episodes, "concurrency": options.concurrency, **given}.items():
-        if name in ("episodes", "concurrency", "num_envs", "max_new_tokens", "play_batch_size") \
-                and not 1 <= value < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, and below 2³¹")
-    if not 0 <= options.seed <= 2**31 - options.episodes:
-        raise ValueError("--seed must be 0 or more, and --seed + --episodes at most 2³¹: training deals begin there")
+    """ModelError, in words, for what makes no sense."""
+    render, policy = options.render or "", options.policy or ""
+    numbers = ("num_envs", "max_new_tokens", "play_batch_size")
+    counts = {"episodes": options.episodes, "concurrency": options.concurrency}
+    counts |= {name: given[name] for name in numbers if name in given}
+    idle = {"temperature", "max_new_tokens", "play_batch_size"} & set(given)
+    wrong = [
+        (value == "", f"--{name} is empty: an unset variable?")
+        for name, value in vars(options).items()]
+    wrong += [
+        (not 1 <= value < 2**31, f"--{name.replace('_', '-')} must be 1 or more, and below 2³¹")
+        for name, value in counts.items()]
+    wrong += [
+        (not 0 <= options.seed <= 2**31 - options.episodes,
+         "--seed must be 0 or more, and --seed + --episodes at most 2³¹: training deals begin "
+         "there"),
+        (not options.model and {"cot", "bits"} & set(given),
+         "--cot and --bits are for --model: a run has its own, a policy none"),
+        (policy and (idle or options.greedy),
+         "--temperature, --max-new-tokens, --play-batch-size and --greedy are for a model or a "
+         "run: random, expert and the like draw no tokens"),
+        (options.greedy and "temperature" in given,
+         "--greedy takes the likeliest token: there is no --temperature"),
+        (options.endpoint and (not options.model or "bits" in given),
+         "--endpoint needs --model NAME, the model's name there, and takes no --bits"),
+        (options.out and options.out == options.render, "--out and --render must be two files"),
+        (options.transcripts and not options.endpoint, "--transcripts is for --endpoint"),
+        (options.task == "all" and (render or ":" in policy or policy == "heuristic"),
+         "--task all takes no --render, and of --policy random and expert: the games' actions "
+         "differ"),
+        (render and not render.endswith((".html", ".gif", ".png")),
+         f"--render writes a page, a GIF or a PNG: call it {Path(render).stem}.html"),
+        (options.beside and not render.endswith(".html"), "--beside is for --render FILE.html"),
+    ]
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise ModelError(message)
+    # ValueError and ModelError of their own
     task = "alfworld" if options.task == "all" else options.task
     own = {name: given[name] for name in (*WORLD, "temperature") if name in given}
-    if problem := Settings(task=task, **own).problem():
-        raise ValueError(problem)
-    if not options.model and {"cot", "bits"} & set(given):
-        raise ValueError("--cot and --bits are for --model: a run has its own, a policy none")
-    if options.policy and (idle := {"temperature", "max_new_tokens", "play_batch_size"} & set(given)):
-        raise ValueError(f"--{idle.pop().replace('_', '-')} is for a model or a run: random, expert and the like draw "
-                         "no tokens")
-    if options.greedy and "temperature" in given:
-        raise ValueError("--greedy takes the likeliest token: there is no --temperature")
-    if options.endpoint and (not options.model or "bits" in given):
-        raise ValueError("--endpoint needs --model NAME, the model's name there, and takes no --bits")
-    if options.greedy and options.policy:
-        raise ValueError("--greedy is for a model: a policy draws no tokens")
-    if options.out and options.out == options.render:
-        raise ValueError("--out and --render must be two files")
-    if options.transcripts and not options.endpoint:
-        raise ValueError("--transcripts is for --endpoint")
-    if options.task == "all" and (options.render or (options.policy or "").startswith(("always", "heuristic"))):
-        raise ValueError("--task all takes no --render, and of --policy random and expert: the games' actions differ")
-    if options.policy:
-        scripted_player(options.policy, options.task, options.seed)         # which names it knows
-    if options.render and not options.render.endswith((".html", ".gif", ".png")):
-        raise ValueError(f"--render writes a page, a GIF or a PNG: call it {Path(options.render).stem}.html")
-    if options.beside and not (options.render or "").endswith(".html"):
-        raise ValueError("--beside is for --render FILE.html")
-    for file in filter(None, (options.out, options.render)):
-        with foreign(file):                                     # before the games, not after them
+    resolve(Settings, {"task": task, **own})
+    if policy:
+        scripted_player(policy, options.task, options.seed)
+
+
+def check_files(files):
+    """Try what is to be written: before the games, not after them."""
+    for file in filter(None, files):
+        with as_model_error(file):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             new = not Path(file).exists()
             open(file, "ab").close()
@@ -214,22 +276,26 @@ def check_options(options, given):
 
 def main(arguments=None):
     options = make_parser().parse_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name in PLAY_SETTINGS and value != "auto"}
+    given = {
+        name: value for name, value in vars(options).items()
+        if name in PLAY_SETTINGS and value != "auto"}
     with in_words():
         try:
             check_options(options, given)
         except ValueError as error:
             raise ModelError(str(error)) from error
+        check_files((options.out, options.render))
         result, recorder = (play_all if options.task == "all" else play)(options, given)
         print(json.dumps(result), flush=True)
         if options.out:
-            Path(options.out).write_text(json.dumps(result) + "\n")    # not by renaming: it may be a link or a device
+            # not by renaming: it may be a link or a device
+            Path(options.out).write_text(json.dumps(result) + "\n")
         if recorder:
             recorder.save(options.render)
 
 
 def play(options, given):
-    """Play one task, print what came of it; return (the result, who took note of its first episode or None)."""
+    """Play one task, print what came of it; return (the result, what drew its first episode)."""
     policy, name, settings = find_policy(options, given, options.task)
     recorder = None
     if (options.render or "").endswith(".html"):
@@ -241,64 +307,73 @@ def play(options, given):
     elif options.render:
         from extras.film import Film
         recorder = Film()
-    result = play_task(options, policy, name, settings, options.task, recorder)
+    result = play_task(options, policy, name, settings, given, recorder)
     for key, value in result.items():
         if value is not None:
             print(f"{key:18} {shown(value)}")
-    if others := who_else(options.task, settings):
-        print(f"{'others win':18} {others} (results/baselines)")
+    if others := baselines(settings):
+        print(f"{'others win':18} {others} (results/baselines.json)")
     return result, recorder
 
 
 def shown(value):
     """A result's value for a line: "0.5000", and of a dict "won 0.50, wrong plan 0.25"."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {part:.2f}" if isinstance(part, float) else f"{key} {part}"
-                         for key, part in value.items())
+        parts = {key: f"{part:.2f}" if isinstance(part, float) else part
+                 for key, part in value.items()}
+        return ", ".join(f"{key} {part}" for key, part in parts.items())
     return f"{value:.4f}" if isinstance(value, float) else value
 
 
-def play_task(options, policy, name, settings, task, watch=None):
-    """Return evaluate's summary of one task, with the player's name and temperature, and an endpoint's calls."""
-    player = make_player(options, policy, settings, task)
-    world = {name: settings[name] for name in WORLD} if task == "alfworld" else {}
-    with player if options.endpoint else contextlib.nullcontext():      # its folder's lock, its threads
-        result = evaluate(player, task, options.episodes, options.seed, settings["num_envs"], settings["cot"], watch,
-                          world)
-    temperature = {"temperature": policy.temperature} if policy and not options.greedy else {}
-    return {"policy": name, **temperature, **result, **(player.counts() if options.endpoint else {})}
+def play_task(options, policy, name, settings, given, watch=None):
+    """evaluate's summary of one task, with the player's name and temperature, an endpoint's
+    calls."""
+    player = make_player(options, policy, settings, given)
+    # an endpoint's folder has a lock, and its calls threads
+    with player if options.endpoint else contextlib.nullcontext():
+        result = evaluate(player, settings.task, options.episodes, options.seed, settings.num_envs,
+                          settings.cot, watch, settings.world)
+    temperature = {}
+    if policy and not options.greedy:
+        temperature["temperature"] = policy.temperature
+    calls = player.counts() if options.endpoint else {}
+    return {"policy": name, **temperature, **result, **calls}
 
 
-def who_else(task, settings):
-    """What players without a model win of the default games: "random 28.1 %, constant 38.6 %, expert 43.6 %"."""
-    if any(settings[name] != getattr(Settings, name) for name in WORLD):
-        return ""                                               # other houses
-    files = [(name, BASELINES / f"{task}-{name}.json") for name in ("random", "constant", "heuristic", "expert")]
-    return ", ".join(f"{name} {100 * json.loads(file.read_text())['success']:.1f} %"
-                     for name, file in files if file.exists())
+def baselines(settings):
+    """What players without a model win of the default games: "random 28.1 %, expert 43.6 %"."""
+    if any(getattr(settings, name) != getattr(Settings, name) for name in WORLD):
+        return ""                       # other houses
+    found = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
+    names = ("random", "constant", "heuristic", "below-14", "expert")
+    shares = {name: found.get(f"{settings.task}-{name}") for name in names}
+    return ", ".join(
+        f"{name} {100 * own['success']:.1f} %" for name, own in shares.items() if own)
 
 
 def play_all(options, given):
-    """Play every task, print a table; return ({"policy", "average" over the four games, "tasks"}, None)."""
-    tasks, results = [*GAMES], {}
+    """Play every task, print a table; return ({"policy", "average" of the four, "tasks"}, None)."""
+    tasks, results = [*TASKS], {}
     try:
-        importlib.import_module("alfworld_env")                 # now, not after hours of play
-        tasks.append("alfworld")
-    except ModelError as error:
+        make_game("alfworld")           # now, not after hours of play
+    except ImportError as error:
         print(f"note: without ALFWorld: {error}")
+        tasks = [*GAMES]
     for task in tasks:
-        if task in (tasks[0], "alfworld"):                      # whose pocket model is another, and its defaults too
-            policy = None                                       # free the old model before the next is loaded
+        if task in (tasks[0], "alfworld"):      # whose pocket model is another
+            policy = None                       # free the old model before the next is loaded
             policy, name, settings = find_policy(options, given, task)
-        if policy and options.model and "temperature" not in given:
-            policy.temperature = start_temperature(task, policy.model)
-        results[task] = result = play_task(options, policy, name, settings, task)
-        shares = [("success", result["success"]), ("from", result["success_low"]), ("to", result["success_high"]),
-                  ("parsed", result["parse_rate"]), ("read right", result["reading_rate"])]
-        print(f"{task:12}", *(f"{key} {100 * share:5.1f} % " for key, share in shares if share is not None), flush=True)
+        settings = replace(settings, task=task)
+        results[task] = result = play_task(options, policy, name, settings, given)
+        shares = [
+            ("success", result["success"]), ("from", result["success_low"]),
+            ("to", result["success_high"]), ("parsed", result["parse_rate"]),
+            ("read right", result["reading_rate"])]
+        told = [f"{key} {100 * share:5.1f} % " for key, share in shares if share is not None]
+        print(f"{task:12}", *told, flush=True)
     average = float(np.mean([results[task]["success"] for task in GAMES]))
-    print(f"{'average':12} success {100 * average:5.1f} %  of the four games, as in the paper's tables")
-    return {"policy": results[tasks[0]]["policy"], "average": average, "tasks": results}, None
+    print(f"{'average':12} success {100 * average:5.1f} %  of the four games, as in the paper")
+    return {"policy": name, "average": average, "tasks": results}, None
 
 
 if __name__ == "__main__":

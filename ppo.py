@@ -1,49 +1,56 @@
-"""Clipped PPO where one action is a whole written answer (RL4VLM, section 4.3; PPO: arXiv 1707.06347).
+"""Clipped PPO where one action is a whole written answer (RL4VLM, section 4.3; arXiv 1707.06347).
 
-    log π(a|o, v_in) ← λ · log π(v_tht|o, v_in) + log π(v_act|o, v_in, v_tht)          sums over tokens
+    log π(a|o, v_in) ← λ · log π(v_tht|o, v_in) + log π(v_act|o, v_in, v_tht)      sums over tokens
 
-Differs from the textbook: the ratio belongs to the answer, not to a token; the thoughts' share of it is weighted with
-λ (`cot_lambda`, not to be mixed up with `gae_lambda`). Differs from the published code: truncation bootstraps, each
-value belongs to its own observation and prompt, answers are scored under the prompt that they were sampled under.
-Does not handle: playing (rollout.py), scoring tokens (policy.py), several optimisers, recurrent policies.
+Differs from the textbook: the ratio belongs to the answer, not to a token; the thoughts' share of
+it is weighted with λ (`cot_lambda`, not to be mixed up with `gae_lambda`). Differs from the
+published code: truncation bootstraps, each value belongs to its own observation and prompt, answers
+are scored under the prompt that they were sampled under. Ours: V's loss sends no gradient into the
+model (policy.ValueHead).
+Does not handle: playing (rollout.py),
+scoring tokens (policy.py), recurrent policies.
 """
 
 import torch
 
-from plumbing import parallel
+import parallel
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16): return (advantages, returns), both (L, N).
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16): (advantages, returns).
 
-    All arguments (L, N): L steps of N games. next_values[t] is V of the observation that step t led to: where an
-    episode was truncated that of its last observation, not of the next game's first. Termination has no future;
-    truncation has one, of which V is the guess; both cut the sum over later δ.
+    All arguments and results (L, N): L steps of N games. next_values[t] is V of the observation
+    that step t led to: where an episode was truncated that of its last observation, not of the next
+    game's first. Termination has no future; truncation has one, of which V is the guess; both cut
+    the sum over later δ.
 
     Two steps, r = (0, 1), V = (0.5, 0.5), the second terminal, γ = 0.9, gae_lambda = 1:
-    δ = (0.9·0.5 − 0.5, 1 − 0.5) = (−0.05, 0.5); A = (−0.05 + 0.9·0.5, 0.5) = (0.4, 0.5); returns (0.9, 1.0).
+    δ = (0.9·0.5 − 0.5, 1 − 0.5) = (−0.05, 0.5); A = (−0.05 + 0.9·0.5, 0.5) = (0.4, 0.5);
+    returns (0.9, 1.0).
     """
     # δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
     delta = rewards + gamma * next_values * (1 - terminated) - values
-    ended = torch.maximum(terminated, truncated)
-    advantages = torch.zeros_like(delta)
-    following = torch.zeros_like(delta[0])
+    ended = torch.maximum(terminated, truncated)        # (L, N)
+    advantages = torch.zeros_like(delta)                # (L, N)
+    following = torch.zeros_like(delta[0])              # (N,) A_{t+1}, 0 beyond the last step
     for t in reversed(range(len(delta))):
         # A_t = δ_t + γ gae_lambda (1 − ended_t) A_{t+1}
         following = delta[t] + gamma * gae_lambda * (1 - ended[t]) * following
         advantages[t] = following
-    return advantages, advantages + values
+    return advantages, advantages + values              # returns R_t = A_t + V(s_t)
 
 
 def answer_logprob(logp, mask, action_starts, cot_lambda):
     """(B,) λ-weighted log-probability of answers from their tokens' logp (B, T) and mask (B, T).
 
-    action_starts (B,): index of the first action token. λ = 1 is the plain sum, λ = 0 ignores the thoughts.
+    action_starts (B,): index of the first action token. λ = 1 is the plain sum, λ = 0 ignores the
+    thoughts.
 
     >>> answer_logprob(torch.tensor([[-1., -2., -3.]]), torch.ones(1, 3), torch.tensor([2]), 0.5)
     tensor([-4.5000])
     """
-    is_thought = torch.arange(logp.shape[1], device=logp.device) < action_starts[:, None]      # (B, T)
+    places = torch.arange(logp.shape[1], device=logp.device)
+    is_thought = places < action_starts[:, None]                                # (B, T)
     # log π(a) = λ Σ log π(v_tht) + Σ log π(v_act)
     return (logp * mask * torch.where(is_thought, cot_lambda, 1.0)).sum(1)
 
@@ -51,12 +58,14 @@ def answer_logprob(logp, mask, action_starts, cot_lambda):
 def policy_loss(logp, old_logp, advantages, clip_coef):
     """Return (loss, approximate KL, clip fraction), scalars.
 
-    logp, old_logp (answer_logprob's, so the KL is that of λ-weighted answers) and advantages: each (B,).
+    logp, old_logp (answer_logprob's, so the KL is that of λ-weighted answers) and advantages: each
+    (B,).
     """
-    log_ratio = logp - old_logp
-    ratio = log_ratio.exp()
+    log_ratio = logp - old_logp                         # (B,)
+    ratio = log_ratio.exp()                             # ρ, one an answer
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages).mean()
     with torch.no_grad():
         kl = (ratio - 1 - log_ratio).mean()         # Schulman's k3, joschu.net/blog/kl-approx
         clipped = ((ratio - 1).abs() > clip_coef).float().mean()
@@ -69,87 +78,105 @@ def value_loss(values, returns):
 
 
 def explained_variance(values, returns) -> float | None:
-    """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant; None if R is constant."""
-    variance = returns.var()
-    if variance.sqrt() <= 1e-6 * max(1.0, returns.abs().max().item()):      # R = (R − V) + V was rounded
+    """1 − Var(R − V) / Var(R): 1 is a perfect value function, 0 no better than a constant.
+
+    None where R is constant.
+    """
+    variance = returns.var()                            # over the rollout, (S,)
+    # not quite 0 where R is constant: R = (R − V) + V was rounded
+    if variance.sqrt() <= 1e-6 * max(1.0, returns.abs().max().item()):
         return None
     return (1 - (returns - values).var() / variance).item()
 
 
 def minibatches(samples, size, epochs, generator) -> list[list[int]]:
-    """Lists of `size` of the sample indices 0, 1, …, samples − 1; each epoch has all of them in a new order."""
+    """Lists of `size` of the indices 0 … samples − 1; each epoch has all of them in a new order."""
     orders = [torch.randperm(samples, generator=generator).tolist() for _ in range(epochs)]
     return [order[k:k + size] for order in orders for k in range(0, samples, size)]
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator) -> dict:
-    """Improve the policy on one rollout; return diagnostics: means over the minibatches that the policy looked at.
+    """Improve the policy on one rollout; return diagnostics, means over its minibatches.
 
-    policy: anything with `logprobs(prompts, responses, shape) → (logp, mask, value)`, `prompt_hidden` and `value_head`,
-    such as policy.Policy. optimizer: its first group of parameters is the policy's, its second the value head's.
-    rollout: rollout.Rollout, scored and with advantages. settings: plumbing.settings.Settings. generator: a CPU one,
-    for the order of samples. Under torchrun every process passes its own samples, 1/size of each minibatch.
-    Raises FloatingPointError where a loss or a gradient is not finite.
+    policy: anything with `logprobs(prompts, responses, shape) → (logp, mask, value)`,
+    `prompt_hidden` and `value_head`, such as policy.Policy. optimizer: its first group of
+    parameters is the policy's, its second the value head's. rollout: rollout.Rollout, scored and
+    with advantages. generator: a CPU one, for the order of samples. Under torchrun every process
+    passes its own samples, 1/size of each minibatch. Raises FloatingPointError where a loss or a
+    gradient is not finite.
     """
-    history, ratio_error = [], 0.0          # each minibatch's diagnostics; the first one's max |ρ − 1|, to be 0
-    batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(), settings.update_epochs,
-                          generator)
-    for number, batch in enumerate(batches):
+    history = []            # each minibatch's diagnostics
+    ratio_error = 0.0       # the first minibatch's max |ρ − 1|: no step was taken, so it is to be 0
+    batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(),
+                          settings.update_epochs, generator)
+    for number, batch in enumerate(batches):            # batch: sample indices
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(4)
+        sums = torch.zeros(4)                           # policy loss, value loss, KL, clipped
         for group, shape in rollout.micro_batches(batch):
-            logp, mask, values = policy.logprobs([rollout.prompts[i] for i in group],       # (B, T), (B, T), (B,)
-                                                 [rollout.responses[i] for i in group], shape)
-            starts, old_logp, advantages, returns = rollout.columns(group, logp.device)     # each (B,)
+            logp, mask, values = policy.logprobs(                       # (B, T), (B, T), (B,)
+                [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
+            starts, old_logp, advantages, returns = rollout.columns(group, logp.device)    # (B,)
             new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
-            if number == 0:                                 # no step yet: the same policy as in the rollout
-                ratio_error = max(ratio_error, ((new_logp - old_logp).exp() - 1).abs().max().item())
+            if number == 0:
+                error = ((new_logp - old_logp).exp() - 1).abs().max().item()
+                ratio_error = max(ratio_error, error)
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
-            v_loss = value_loss(values, returns)
-            share = len(group) / len(batch)                 # subtle: so micro-batches add up to the minibatch's mean
+            v_loss = value_loss(values, returns)        # no gradient into the model: ValueHead
+            share = len(group) / len(batch)     # subtle: micro-batches add up to the batch's mean
             (share * (p_loss + v_loss)).backward()
             sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
-        norms = prepare_step(optimizer, sums, settings)
+        norms = prepare_step(optimizer, sums, settings)     # before any step: the gradients' size
         history.append([*sums.tolist(), norms[0].item()])
-        approx_kl = sums[2]                                 # by now the mean over the processes
+        approx_kl = sums[2]                     # by now the mean over the processes
         if settings.target_kl and approx_kl > settings.target_kl:
+            # too far from the policy that sampled: no further step of it
             learn_values(policy, optimizer, rollout, settings, batches[number:])
-            break                                           # too far from the policy that sampled: no further step
+            break
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)                   # the next rollout has the memory
+    optimizer.zero_grad(set_to_none=True)       # the next rollout has the memory
+    # an update that stopped early has means over the minibatches that it looked at
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
-    means = torch.tensor(history).mean(0).tolist()
+    means = dict(zip(names, torch.tensor(history).mean(0).tolist()))
     ratio_error = parallel.concat(torch.tensor([ratio_error])).max().item()
-    return {**dict(zip(names, means)), "minibatches": len(history), "ratio_error": ratio_error}
+    return {**means, "minibatches": len(history), "ratio_error": ratio_error}
 
 
 def learn_values(policy, optimizer, rollout, settings, batches):
-    """The rest of an update that target_kl has stopped: the value head learns on from what the policy now sees.
+    """The rest of an update that target_kl has stopped: the value head learns on alone.
 
-    The policy moves no more, so one look at each prompt, without gradients, serves all the minibatches that are left.
+    The policy moves no more, so one look at each prompt, without gradients, serves all the
+    minibatches that are left.
     """
     size = settings.micro_batch_size
-    hidden = torch.cat([policy.prompt_hidden(rollout.prompts[k:k + size])
-                        for k in range(0, len(rollout.prompts), size)])                     # (S, D)
+    hidden = torch.cat([                                                        # (S, D)
+        policy.prompt_hidden(rollout.prompts[k:k + size])
+        for k in range(0, len(rollout.prompts), size)])
     for batch in batches:
-        # subtle: no gradient, not one of zero, with which Adam's momentum would still move the policy
+        # subtle: no gradient at all for the policy. With one of zero, Adam's momentum would still
+        # move it.
         optimizer.zero_grad(set_to_none=True)
-        loss = value_loss(policy.value_head(hidden[batch]), rollout.returns[batch].to(hidden.device))
+        values, returns = policy.value_head(hidden[batch]), rollout.returns[batch]      # (B,)
+        loss = value_loss(values, returns.to(hidden.device))
         loss.backward()
         prepare_step(optimizer, loss.detach().cpu(), settings)
         optimizer.step()
 
 
-def prepare_step(optimizer, losses, settings):
-    """Average gradients and losses over processes, clip each group's gradients alone; return the groups' norms.
+def prepare_step(optimizer, numbers, settings):
+    """Average gradients over processes, clip each group's alone; return the groups' norms.
 
-    FloatingPointError where one of them is not finite.
+    numbers (n,): losses and the like, averaged in place. FloatingPointError where one of them, or a
+    norm, is not finite.
     """
-    parallel.average([p for group in optimizer.param_groups for p in group["params"]], losses)
-    norms = [torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
-             for group in optimizer.param_groups]
-    if not (losses.isfinite().all() and all(norm.isfinite() for norm in norms)):
-        raise FloatingPointError(f"losses {losses.flatten()[:2].tolist()}, norms of the gradients "
-                                 f"{[norm.item() for norm in norms]}: no step was taken on this minibatch and the last "
-                                 "checkpoint is intact; start a new run (--out) with a smaller --lr or --bits 32")
+    # the mean first, so that every process clips the same gradients and takes the same step
+    parallel.average([p for group in optimizer.param_groups for p in group["params"]], numbers)
+    # apart: V's errors are large at first, and would shrink the policy's step
+    norms = [
+        torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
+        for group in optimizer.param_groups]
+    if not (numbers.isfinite().all() and all(norm.isfinite() for norm in norms)):
+        raise FloatingPointError(
+            f"losses {numbers.flatten()[:2].tolist()}, norms of the gradients "
+            f"{[norm.item() for norm in norms]}: no step was taken on this minibatch and the last "
+            "checkpoint is intact; start a new run (--out) with a smaller --lr or --bits 32")
     return norms

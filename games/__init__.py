@@ -1,1 +1,1 @@
-"""What env.py and alfworld_env.py stand on: pictures, exact arithmetic, exact players; houses, who knows their way."""
+"""The games, and what belongs to them alone: pictures, exact arithmetic, experts, statistics."""

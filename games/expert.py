@@ -1,29 +1,38 @@
-"""Exact players of the card games and the words that they would say: the source of all demonstrations.
+"""Exact players of the games and the words that they would say: the source of all demonstrations.
 
-NumberLine by arithmetic, EZPoints and Points24 by exhaustive search (formula.py), Blackjack by exact dynamic
-programming. `expert_action` plays, `thoughts` writes the chain of thought that leads to an action (any action, so
-that noisy demonstrations stay fluent), `reads_right` checks what an answer says it saw.
-For ALFWorld all three ask household.py. Does not handle: learning (sft.py), the answer's format (parse.py).
+    action = expert_action("blackjack", info)           # "hit"
+    thoughts("blackjack", info, action)                 # "The dealer shows 7. … I choose hit."
+
+NumberLine is played by arithmetic, EZPoints and Points24 by exhaustive search (formula.py),
+Blackjack by exact dynamic programming. `thoughts` writes the chain of thought that leads to an
+action (any action, so that noisy demonstrations stay fluent); `reads_right` checks what an answer
+says it saw. For ALFWorld all of them ask games/alfworld/expert.py.
+
+Does not handle: learning (sft.py), the answer's format (parse.py).
 """
 
 import re
 from functools import cache
 
-from games import household
+from games.alfworld import expert as household
 from games.formula import is_right, solutions
 
 OPERATORS = {"ezpoints": "+*", "points24": "+-*/"}
-CARD_ODDS = {rank: (4 if rank == 10 else 1) / 13 for rank in range(1, 11)}      # an infinite deck; J, Q, K are tens
+# an infinite deck; J, Q, K are tens
+CARD_ODDS = {rank: (4 if rank == 10 else 1) / 13 for rank in range(1, 11)}
 
 
-# ---- Blackjack: exact values of every state --------------------------------------------------------------------
+# ---- Blackjack: exact values of every state ----------------------------------------------------
 def _add(total, usable, rank):
     """(total, usable ace) after one more card."""
     total += rank
+    # an ace counts 11 as long as that does not bust
     if rank == 1 and total + 10 <= 21:
-        total, usable = total + 10, True
+        total += 10
+        usable = True
     if total > 21 and usable:
-        total, usable = total - 10, False
+        total -= 10
+        usable = False
     return total, usable
 
 
@@ -47,6 +56,7 @@ def stand_value(total, dealer, goal):
     """
     if total > 21:
         return 0.0 if goal == "win" else -1.0
+    # with an infinite deck the card that lies face down is as good as not drawn yet
     odds = dealer_odds(*_add(0, False, dealer))
     win = sum(p for final, p in odds.items() if final == 22 or final < total)
     lose = sum(p for final, p in odds.items() if total < final < 22)
@@ -56,59 +66,64 @@ def stand_value(total, dealer, goal):
 def blackjack_values(goal="win", hit_probability=None):
     """Return a function (total, usable, dealer) → (value of standing, value of hitting).
 
-    Hitting goes on with the best play for the goal, or with hit_probability(total, usable, dealer) where that is given.
+    Hitting goes on with the best play for the goal, or with hit_probability(total, usable, dealer)
+    where that is given.
     """
     @cache
     def values(total, usable, dealer):
         stand = stand_value(total, dealer, goal)
+        # Q(s, hit) = Σ_rank p(rank) V(s with that card)
         hit = 0.0
         for rank, p in CARD_ODDS.items():
             after, soft = _add(total, usable, rank)
-            hit += p * (stand_value(after, dealer, goal) if after > 21 else state_value(after, soft, dealer))
+            if after > 21:
+                hit += p * stand_value(after, dealer, goal)
+            else:
+                hit += p * state_value(after, soft, dealer)
         return stand, hit
 
     def state_value(total, usable, dealer):
         stand, hit = values(total, usable, dealer)
-        p = float(hit > stand) if hit_probability is None else hit_probability(total, usable, dealer)
+        if hit_probability is None:
+            p = float(hit > stand)
+        else:
+            p = hit_probability(total, usable, dealer)
         return (1 - p) * stand + p * hit
 
     values.of_state = state_value
     return values
 
 
-def blackjack_value_of_game(goal="win", hit_probability=None):
-    """Exact expectation over all deals, e.g. 0.4316 for the best play for wins, 0.3807 for always standing."""
-    values, total = blackjack_values(goal, hit_probability), 0.0
-    for first, p in CARD_ODDS.items():
-        for second, q in CARD_ODDS.items():
-            hand = _add(*_add(0, False, first), second)
-            total += p * q * sum(r * values.of_state(*hand, dealer) for dealer, r in CARD_ODDS.items())
-    return total
-
-
+# made once, for it remembers all values that it was asked for
 _best_for_wins = blackjack_values("win")
 
 
-# ---- what the experts play ---------------------------------------------------------------------------------------
+# ---- what the experts play ---------------------------------------------------------------------
 def card_value(rank):
     """The number that a card's rank counts in Blackjack, an ace as 1."""
-    return 1 if rank == "A" else 10 if rank in ("J", "Q", "K") else int(rank)
+    if rank == "A":
+        return 1
+    return 10 if rank in ("J", "Q", "K") else int(rank)
 
 
 def continuations(task: str, info: dict) -> list[tuple[str, ...]]:
-    """All that completes the formula so far to a solution, the simplest solution's first: tuples, "=" last."""
+    """All that completes the formula so far to a solution: tuples of symbols, "=" last.
+
+    The rest of the simplest solution comes first.
+    """
     so_far = tuple(info["formula"])
-    return [(*tokens[len(so_far):], "=")
-            for tokens in solutions(tuple(sorted(info["numbers"])), info["target"], OPERATORS[task])
-            if tokens[:len(so_far)] == so_far]
+    length = len(so_far)
+    found = solutions(tuple(sorted(info["numbers"])), info["target"], OPERATORS[task])
+    return [(*tokens[length:], "=") for tokens in found if tokens[:length] == so_far]
 
 
 def best_actions(task: str, info: dict) -> list[str]:
     """Return the texts of all best actions in the state that `info` tells, the simplest first.
 
-    Blackjack: best for wins, not for the return. Formula games: every next symbol of some solution (one without
-    needless brackets); a formula that no solution continues is given up with "=". ALFWorld:
-    the demonstrator's next command alone, which goes by its memory; others may be as good.
+    Blackjack: best for wins, not for the return. Formula games: every next symbol of some solution
+    (one without needless brackets); a formula that no solution continues is given up with "=".
+    ALFWorld: the demonstrator's next command alone, which goes by its memory; others may be as
+    good.
 
     >>> best_actions("ezpoints", {"numbers": [2, 10], "formula": [], "target": 12})
     ['10', '2']
@@ -118,9 +133,12 @@ def best_actions(task: str, info: dict) -> list[str]:
     if task == "numberline":
         return ["+" if info["target"] > info["current"] else "-"]
     if task == "blackjack":
-        stand, hit = _best_for_wins(info["total"], info["usable_ace"], card_value(info["dealer"]))
+        dealer = card_value(info["dealer"])
+        stand, hit = _best_for_wins(info["total"], info["usable_ace"], dealer)
         return ["hit" if hit > stand else "stand"]
-    return list(dict.fromkeys(tokens[0] for tokens in continuations(task, info))) or ["="]
+    # a dict keeps the order and drops what comes twice
+    following = dict.fromkeys(tokens[0] for tokens in continuations(task, info))
+    return list(following) or ["="]
 
 
 def expert_action(task: str, info: dict) -> str:
@@ -128,7 +146,7 @@ def expert_action(task: str, info: dict) -> str:
     return best_actions(task, info)[0]
 
 
-# ---- what they say -------------------------------------------------------------------------------------------------
+# ---- what they say -----------------------------------------------------------------------------
 def reading(task, info):
     """The sentence that says what the picture shows."""
     if task == "alfworld":
@@ -141,14 +159,15 @@ def reading(task, info):
 
 
 def reads_right(task: str, text: str, info: dict) -> bool:
-    """Whether the answer says what the picture shows, card for card, in the demonstrations' words."""
+    """Whether an answer says what the picture shows, card for card, as demonstrations word it."""
     return reading(task, info) in text
 
 
 def thoughts(task: str, info: dict, action: str) -> str:
     """Return the chain of thought that ends in choosing `action`, right or not.
 
-    >>> thoughts("blackjack", {"dealer": "7", "hand": ["A", "4"], "total": 15, "usable_ace": True}, "hit")
+    >>> info = {"dealer": "7", "hand": ["A", "4"], "total": 15, "usable_ace": True}
+    >>> thoughts("blackjack", info, "hit")
     'The dealer shows 7. My cards are A 4, total soft 15. I choose hit.'
     """
     if task == "alfworld":
@@ -160,14 +179,18 @@ def thoughts(task: str, info: dict, action: str) -> str:
         seen += f" total {'soft ' if info['usable_ace'] else ''}{info['total']}."
     else:
         numbers = " ".join(str(n) for n in sorted(info["numbers"]))
-        so_far, found = "".join(info["formula"]), continuations(task, info)
+        so_far = "".join(info["formula"])
+        found = continuations(task, info)
+        # the simplest way on from here, whether or not the action goes it
         plan = "".join(found[0]) if found else "nothing"
         seen += f" so the numbers are {numbers}. Now '{so_far}' then '{plan}'."
     return f"{seen} I choose {action}."
 
 
 def planned(text: str) -> list[str]:
-    """The symbols that an answer plans to write next on a formula game, "=" with them; [] where it names none.
+    """The symbols that an answer on a formula game plans to write next, "=" with them.
+
+    [] where it names none.
 
     >>> planned("Now '(' then '3+9)*2='. I choose 3.")
     ['3', '+', '9', ')', '*', '2', '=']
@@ -178,4 +201,5 @@ def planned(text: str) -> list[str]:
 
 def plan_right(plan: list[str], info: dict) -> bool:
     """Whether a plan makes the formula so far a right one."""
-    return plan[-1:] == ["="] and is_right([*info["formula"], *plan[:-1]], info["numbers"], info["target"])
+    formula = [*info["formula"], *plan[:-1]]
+    return plan[-1:] == ["="] and is_right(formula, info["numbers"], info["target"])

@@ -1,9 +1,13 @@
 """Exact arithmetic on formulas: what a list of tokens is worth, and every way to reach a target.
 
-A formula is a sequence of tokens, each a number or one of + - * / ( ), exactly as a player lays them:
-`("8", "/", "(", "3", "-", "8", "/", "3", ")")`. Values are fractions, so 8/(3-8/3) is 24 and not 24.000000000000004.
+    evaluate(["8", "/", "(", "3", "-", "8", "/", "3", ")"])     # Fraction(24, 1)
+    solutions((3, 3, 8, 8), 24)                                 # all, the simplest formula first
 
-Does not handle: cards, rewards (env.py); unary minus and numbers written digit by digit: no game has them.
+A formula is a sequence of tokens, each a number or one of + - * / ( ), exactly as a player lays
+them. Values are fractions, so 8/(3-8/3) is 24 and not 24.000000000000004.
+
+Does not handle: cards, rewards (env.py); unary minus and numbers written digit by digit, which no
+game has.
 """
 
 from collections.abc import Sequence
@@ -14,14 +18,16 @@ PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:
-    """Return the value of the formula as a Fraction, or None if it is not a formula or divides by zero.
+    """Return the value of a formula; None if it is no formula, or divides by zero.
 
-    Grammar: sum = product {(+|-) product};  product = atom {(*|/) atom};  atom = number | "(" sum ")".
-    Two numbers next to each other never form a third one.
+    Grammar: sum = product {(+|-) product};  product = atom {(*|/) atom};
+    atom = number | "(" sum ")". Two numbers next to each other never form a third one.
 
     >>> evaluate(["8", "/", "(", "3", "-", "8", "/", "3", ")"])
     Fraction(24, 1)
-    >>> evaluate(["2", "4"]) is None and evaluate(["(", "2"]) is None and evaluate(["1", "/", "0"]) is None
+    >>> evaluate(["2", "4"]) is None and evaluate(["(", "2"]) is None
+    True
+    >>> evaluate(["1", "/", "0"]) is None
     True
     """
     tokens = list(tokens)
@@ -47,7 +53,8 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
             raise ValueError("a number or a bracket belongs here")
         return Fraction(int(take()))
 
-    def chain(operand, level):      # operands joined by operators of one precedence, worked off from the left
+    # operands joined by operators of one precedence, worked off from the left
+    def chain(operand, level):
         value = operand()
         while PRECEDENCE.get(peek()) == level:
             operator = take()
@@ -64,6 +71,7 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
         value = total()
     except (ValueError, ZeroDivisionError):
         return None
+    # what is left over, such as a second number, makes it no formula
     return value if position == len(tokens) else None
 
 
@@ -86,11 +94,12 @@ def _apply(left, operator, right):
 
 
 @cache
-def solutions(numbers: tuple[int, ...], target: int, operators="+-*/") -> tuple[tuple[str, ...], ...]:
+def solutions(
+    numbers: tuple[int, ...], target: int, operators="+-*/") -> tuple[tuple[str, ...], ...]:
     """Return all formulas that use every number once and reach the target, the simplest first.
 
-    numbers: sorted tuple of ints; target: int. Each formula is a tuple of tokens with no needless brackets;
-    both a+b and b+a are listed. "Simplest" is shortest, then first in the order of its text.
+    numbers: a sorted tuple. Each formula is a tuple of tokens with no needless brackets; both a+b
+    and b+a are listed. "Simplest" is shortest, then first in the order of its text.
 
     >>> ["".join(f) for f in solutions((2, 10), 12, "+*")]
     ['10+2', '2+10']
@@ -102,8 +111,9 @@ def solutions(numbers: tuple[int, ...], target: int, operators="+-*/") -> tuple[
 
     @cache
     def expressions(part):
-        """Every (value, tokens, precedence of its outermost operator) made of the numbers in part."""
+        """All (value, tokens, precedence of the outermost operator) of the numbers in part."""
         if len(part) == 1:
+            # 3 is above all operators: a number never needs brackets
             return ((Fraction(part[0]), (str(part[0]),), 3),)
         found = {}
         for left_part, right_part in _splits(part):
@@ -112,23 +122,31 @@ def solutions(numbers: tuple[int, ...], target: int, operators="+-*/") -> tuple[
                     for operator in operators:
                         if operator == "/" and rv == 0:
                             continue
-                        value, level = _apply(lv, operator, rv), PRECEDENCE[operator]
-                        if part == numbers and value != target:     # most of them: not worth writing down
+                        value = _apply(lv, operator, rv)
+                        # most formulas of all numbers miss the target: not worth writing down
+                        if part == numbers and value != target:
                             continue
+                        level = PRECEDENCE[operator]
                         left = ("(", *lt, ")") if lp < level else lt
-                        # subtle: a-(b+c) and a/(b*c) need their brackets; a+(b-c) and a*(b/c) do not.
+                        # subtle: a-(b+c) and a/(b*c) need their brackets;
+                        # a+(b-c) and a*(b/c) do not.
                         wrap = rp < level or (rp == level and operator in "-/")
                         right = ("(", *rt, ")") if wrap else rt
                         found[left + (operator,) + right] = (value, level)
         return tuple((value, tokens, level) for tokens, (value, level) in found.items())
 
-    good = [tokens for value, tokens, _ in expressions(numbers) if value == target]     # a lone number may miss it
+    # a lone number was not compared with the target yet
+    good = [tokens for value, tokens, _ in expressions(numbers) if value == target]
     return tuple(sorted(good, key=lambda tokens: (len(tokens), tokens)))
 
 
 def _splits(part):
-    """Every way to hand out the numbers to a left and a right side, neither empty: both orders, no repeats."""
+    """Every way to hand out the numbers to a left and a right side, neither empty.
+
+    Both orders, no repeats.
+    """
     pairs = set()
+    # bit i of the mask says whether number i goes to the left
     for mask in range(1, 2 ** len(part) - 1):
         left = tuple(n for i, n in enumerate(part) if mask >> i & 1)
         right = tuple(n for i, n in enumerate(part) if not mask >> i & 1)

@@ -1,1 +1,2 @@
-"""What train.py, sft.py and eval.py stand on beside the method: settings, run folders, errors, torchrun."""
+"""What stands above the method: settings, run folders, finding models, their memory, errors in
+words."""

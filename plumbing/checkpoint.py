@@ -1,12 +1,12 @@
-"""A run's folder: its lock, its files, its checkpoints; nothing is half written, nothing is taken on trust.
+"""A run's folder: its lock, its files, its checkpoints. Nothing is half written or taken on trust.
 
-    with locked(folder):                                # one program at a time
-        claim(folder, resume)                           # refuse what is not this program's, drop what a kill left
-        save(run, folder)                               # checkpoint-000007, whole or not at all, with its manifest
-        load(run, newest_checkpoint(folder))            # refuses what is damaged or another run's
+    with locked(folder):                        # one program at a time
+        check_run_folder(folder, resume)        # refuse what is not this program's
+        save(run, folder)                       # checkpoint-000007, whole or not at all
+        load(run, newest_checkpoint(folder))    # refuses what is damaged or another run's
 
-`run` is train.Run. Files are safetensors and JSON. Does not handle: what the lines say (train.py), the policy's own
-files (policy.py), what a manifest holds (manifest.py), what the model card says (card.py).
+`run` is train.Run. Files are safetensors and JSON. Does not handle: what the lines say (report.py),
+the policy's own files (adapters.py), what a manifest holds (manifest.py), the model card (card.py).
 """
 
 import contextlib
@@ -20,20 +20,21 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from plumbing import parallel
-from plumbing.card import write_run_card
-from plumbing.errors import ModelError, foreign
+import parallel
+from plumbing.card import write_card
+from plumbing.errors import ModelError, as_model_error
 from plumbing.manifest import check, plain, write_manifest
 
 
-# ---- files that are whole or not there ------------------------------------------------------------------------------
+# ---- files that are whole or not there ---------------------------------------------------------
 def part_of(path) -> Path:
     """The place beside `path` where a file or a folder is written first."""
     return Path(path).with_name(Path(path).name + ".part")
 
 
 def put_in_place(path):
-    """Let what is whole now appear under its own name, in one step that neither a kill nor a power cut halves."""
+    """Let what is whole now appear under its own name, in one step that neither a kill nor a power
+    cut halves."""
     part = part_of(path)
     for file in [*part.rglob("*"), part] if part.is_dir() else [part]:
         to_disk(file)
@@ -60,19 +61,23 @@ def append_line(path, row):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
-        os.fsync(file.fileno())                             # a checkpoint must not outlive the lines before it
+        os.fsync(file.fileno())     # a checkpoint must not outlive the lines before it
 
 
 def keep_lines(paths, count):
-    """Cut files back to their first `count` lines: what came after the checkpoint is played again."""
-    with foreign(paths[0].parent):
-        found = {path: path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-                 for path in paths}
+    """Cut files back to their first `count` lines: what came after the checkpoint is played
+    again."""
+    found = {}
+    with as_model_error(paths[0].parent):
+        for path in paths:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            found[path] = text.splitlines(keepends=True)
     for path, lines in found.items():
         if len(lines) < count or not "".join(lines[:count]).endswith("\n" if count else ""):
-            raise ModelError(f"{path} has {len(lines)} lines and the checkpoint {count} updates behind it: it is not "
-                             "this run's, or was cut; start a new run (--out)")
-        with foreign(path):
+            raise ModelError(
+                f"{path} has {len(lines)} lines and the checkpoint {count} updates behind it: it "
+                "is not this run's, or was cut; start a new run (--out)")
+        with as_model_error(path):
             for line in lines[:count]:
                 json.loads(line)
     for path, lines in found.items():
@@ -87,64 +92,75 @@ def drop(folder):
     shutil.rmtree(gone)
 
 
-# ---- whose folder it is ---------------------------------------------------------------------------------------------
+# ---- whose folder it is ------------------------------------------------------------------------
 @contextlib.contextmanager
 def locked(folder, flag="--out"):
-    """Hold the folder's lock; ModelError that says who holds it. The system frees it when the program ends, however."""
+    """Hold the folder's lock, until the program ends, however; ModelError says who holds it."""
     with contextlib.ExitStack() as stack:
-        with foreign(folder):
+        with as_model_error(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(Path(folder) / "run.lock", "a+", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ModelError(f"{folder} is in use by {file.read().strip() or 'another program'}: wait for it, stop it, "
-                             f"or choose another {flag}") from None
+            holder = file.read().strip() or "another program"
+            raise ModelError(
+                f"{folder} is in use by {holder}: wait for it, stop it, or choose another {flag}"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
 
-def claim(folder, resume):
-    """Refuse a folder that this program did not write, or cannot go on with; drop what a kill left of its own."""
+def check_run_folder(folder, resume):
+    """Refuse a folder that train.py did not write, or cannot go on with.
+
+    What a kill left of its own is dropped.
+    """
     folder = Path(folder)
-    has_lines = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
+    lines = folder / "metrics.jsonl"
+    has_lines = lines.exists() and lines.stat().st_size > 0
     if not resume and (folder / "sft.json").exists():
-        raise ModelError(f"{folder} holds a result of sft.py: choose another --out (and {folder} as --model, to go on "
-                         "from it)")
+        raise ModelError(
+            f"{folder} holds a result of sft.py: choose another --out (and {folder} as --model, to "
+            "go on from it)")
     has_results = any((folder / name).exists() for name in ("eval_start.json", "eval.json", "sft"))
     if not resume and (has_lines or has_results or list(folder.glob("checkpoint-*"))):
-        raise ModelError(f"{folder} holds a run's results but no config.json: nothing tells whose they are, so nothing "
-                         "is touched; choose another --out")
+        raise ModelError(
+            f"{folder} holds a run's results but no config.json: nothing tells whose they are, so "
+            "nothing is touched; choose another --out")
     if resume and has_lines and not checkpoints(folder):
-        raise ModelError(f"{folder} holds a run's metrics but no checkpoint (a copy of its results?): there is nothing "
-                         "to go on from, and starting anew would overwrite them; choose another --out")
+        raise ModelError(
+            f"{folder} holds a run's metrics but no checkpoint (a copy of its results?): there is "
+            "nothing to go on from, and starting anew would overwrite them; choose another --out")
     for left in (*folder.glob("checkpoint-*.part"), *folder.glob("checkpoint-*.gone")):
         shutil.rmtree(left)
 
 
 def checkpoints(folder):
-    """The complete checkpoint folders of a run, oldest first. They appear by renaming: the newest is whole."""
+    """The complete checkpoint folders of a run, oldest first. They appear by renaming: the newest
+    is whole."""
     return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
 
 
 def newest_checkpoint(folder):
     """The newest checkpoint of a run folder; ModelError where there is none."""
     if not checkpoints(folder):
-        raise ModelError(f"{folder} holds no checkpoint: is it the folder that train.py wrote (--out)?")
+        raise ModelError(
+            f"{folder} holds no checkpoint: is it the folder that train.py wrote (--out)?")
     return checkpoints(folder)[-1]
 
 
 def replace_checkpoint(whole, before):
-    """Put a checkpoint folder that was written to its part_of in place, and drop the one before, if there is one."""
+    """Put a checkpoint folder that was written to its part_of in place; drop the one before."""
     put_in_place(whole)
     if before and before != whole and before.exists():
         drop(before)
 
 
-# ---- a checkpoint ---------------------------------------------------------------------------------------------------
+# ---- a checkpoint ------------------------------------------------------------------------------
 def save_optimizer(optimizer, folder):
     """Adam's moments and step counts; the rates are the caller's to set."""
     tensors = {}
@@ -158,62 +174,75 @@ def load_optimizer(optimizer, folder):
     for name, tensor in load_file(Path(folder) / "optimizer.safetensors").items():
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def save(run, folder):
-    """Write a checkpoint folder that appears whole or not at all, then drop this run's one before."""
+    """Write a checkpoint folder that appears whole or not at all, then drop this run's one
+    before."""
     whole = Path(folder) / f"checkpoint-{run.update:06d}"
     part = part_of(whole)
     if parallel.rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)             # of an interrupted try
-        run.policy.save(part)
+        shutil.rmtree(part, ignore_errors=True)     # of an interrupted try
+        run.files.save(run.policy, part)
         save_optimizer(run.optimizer, part)
-        write_run_card(run, Path(folder), part)
+        if (part / "adapter_config.json").exists():
+            learned = f"{run.update} of {run.settings.num_updates} updates by PPO"
+            write_card(part, "train.py", run.settings, run.files.base_name, learned)
     parallel.wait()
-    save_file({"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()},
-              part / f"generators{parallel.rank()}.safetensors")
+    # each process has its own draws and its own games
+    generators = {"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()}
+    save_file(generators, part / f"generators{parallel.rank()}.safetensors")
+    buffer = run.imitation_buffer
     (part / f"process{parallel.rank()}.json").write_text(json.dumps({
         "update": run.update, "device": run.policy.device.type, "processes": parallel.size(),
-        "fallback": run.fallback.bit_generator.state, "games": [game.get_state() for game in run.games],
-        "won": run.won and run.won.get_state()}))
+        "fallback": run.fallback.bit_generator.state,
+        "games": [game.get_state() for game in run.games],
+        "won": buffer and buffer.get_state(),
+    }))
     parallel.wait()
     if parallel.rank() == 0:
-        write_manifest(part, run.policy.base_hash, run.settings)
+        write_manifest(part, run.files.base_hash, run.settings)
         replace_checkpoint(whole, run.checkpoint)
     parallel.wait()
     run.checkpoint = whole
 
 
 def load(run, checkpoint):
-    """Take up all that save wrote; ModelError where it is damaged, another run's, or would draw other numbers."""
-    check(checkpoint, run.policy.base_hash, run.settings)
+    """Take up all that save wrote.
+
+    ModelError where it is damaged, another run's, or would draw other numbers.
+    """
+    check(checkpoint, run.files.base_hash, run.settings)
     stored = json.loads((checkpoint / "process0.json").read_text())
     for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
         if stored[what] != now:
-            raise ModelError(f"{checkpoint} was written with {what} {stored[what]}, this is {now}: the random "
-                             "numbers would differ; go on as it began, or start a new run")
-    config, base = checkpoint.parent / "config.json", getattr(run.policy, "base_name", None)
-    with foreign(config):
+            raise ModelError(
+                f"{checkpoint} was written with {what} {stored[what]}, this is {now}: the random "
+                "numbers would differ; go on as it began, or start a new run")
+    config, base = checkpoint.parent / "config.json", run.files.base_name
+    with as_model_error(config):
         own = json.loads(config.read_text(encoding="utf-8"))["model"]
     if run.settings.model not in (own, base) and str(Path(run.settings.model).resolve()) != base:
-        raise ModelError(f"--model {run.settings.model} is not what this run goes on from, {base}: leave it out")
+        raise ModelError(
+            f"--model {run.settings.model} is not what this run goes on from, {base}: leave it out")
     stored = json.loads((checkpoint / f"process{parallel.rank()}.json").read_text())
-    run.policy.load(checkpoint)
+    run.files.load(run.policy, checkpoint)
     generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
     run.sampling.set_state(generators["sampling"])
     run.shuffling.set_state(generators["shuffling"])
     load_optimizer(run.optimizer, checkpoint)
     run.update, run.fallback.bit_generator.state = stored["update"], stored["fallback"]
-    with foreign(checkpoint):                               # such as the data set's files, which may be others now
+    with as_model_error(checkpoint):    # such as the data set's files, which may be others now
         for game, state in zip(run.games, stored["games"]):
             game.set_state(state)
-        if run.won:
-            run.won.set_state(stored["won"])
+        if run.imitation_buffer:
+            run.imitation_buffer.set_state(stored["won"])
     run.checkpoint = checkpoint
     for older in checkpoints(checkpoint.parent)[:-1] if parallel.rank() == 0 else ():
-        if _settings_of(older) == plain(run.settings):      # a kill may have left this run's; a stranger's stays
-            drop(older)
+        if _settings_of(older) == plain(run.settings):
+            drop(older)                 # a kill may have left this run's; a stranger's stays
 
 
 def _settings_of(checkpoint):

@@ -1,16 +1,16 @@
 """Errors in words: what went wrong and what to do, instead of a traceback.
 
-    with foreign("runs/x/sft.json"):                    # something from outside: a damaged file becomes a ModelError
+    with as_model_error("runs/x/sft.json"):         # a damaged file becomes a ModelError
         settings = json.loads(…)
-    with in_words(lambda: "go on with --resume"):       # a command line's whole run
+    with in_words(lambda: "go on with --resume"):   # a command line's whole run
 
-Does not handle: errors of this program itself; outside of what is read from elsewhere those keep their traceback.
+Does not handle: errors of this program itself. Outside of what is read from elsewhere those keep
+their traceback.
 """
 
 import contextlib
 import errno
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +19,26 @@ import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
+import parallel
+from games.alfworld.houses import HouseError
+
 
 class ModelError(RuntimeError):
     """A model, file or folder that cannot be used; the message says why and what to do."""
 
 
 # What reading something that is not what it should be raises.
-FOREIGN = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, SafetensorError,
-           TemplateError)
+UNREADABLE = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError,
+    SafetensorError, TemplateError,
+)
 
 
 @contextlib.contextmanager
-def foreign(what, kinds=FOREIGN):
-    """Turn what reading `what` (a file, a folder, a model's name) raises into a ModelError that names it.
+def as_model_error(what, kinds=UNREADABLE):
+    """Turn what reading `what` (a file, a folder, a model's name) raises into a ModelError.
 
-    >>> with foreign("config.json"):
+    >>> with as_model_error("config.json"):
     ...     {}["r"]
     Traceback (most recent call last):
     plumbing.errors.ModelError: config.json cannot be used: it lacks 'r'
@@ -45,49 +50,77 @@ def foreign(what, kinds=FOREIGN):
     except kinds as error:
         if isinstance(error, OSError) and error.strerror:
             said = error.strerror.lower()
+        elif isinstance(error, KeyError):
+            said = f"it lacks {error}"
         else:
-            said = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+            said = f"{type(error).__name__}: {error}"
         raise ModelError(f"{what} cannot be used: {said}") from error
 
 
+# ---- the terminal ------------------------------------------------------------------------------
 @contextlib.contextmanager
-def unheard():
-    """Print in here for whoever listens: once nobody reads any more (| head -1) the rest goes nowhere, the run on."""
+def ignore_closed_pipe():
+    """Print in here for whoever reads: after `| head -1` the rest goes nowhere, and the run on."""
     try:
         yield
         if sys.stdout:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nowhere()
+
+
+def _print_nowhere():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text):
+    """Print, on the first process alone."""
+    if parallel.rank() == 0:
+        with ignore_closed_pipe():
+            print(text, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text without anything that a terminal obeys.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextlib.contextmanager
 def in_words(advice: Callable[[], str] = lambda: ""):
-    """Run a command line: what a user can meet ends it with a sentence. advice: how to go on, asked when needed."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):   # a terminal without "→" gets \\u2192, not a traceback
+    """Run a command line: what a user can meet ends it with a sentence.
+
+    advice: how to go on, asked for when it is needed.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # a terminal without "→" gets \\u2192, not a traceback
         stream.reconfigure(errors="backslashreplace")
     program = Path(sys.argv[0]).name
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # as the scripts set it while they import
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def and_then():
+        return f"; {said}" if (said := advice()) else ""
+
     try:
         yield
         if sys.stdout:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(f"\n{program}: stopped{_then(advice)}")
-    except (ModelError, FloatingPointError) as error:
+        sys.exit(f"\n{program}: stopped{and_then()}")
+    except (ModelError, FloatingPointError, HouseError, ImportError) as error:
         sys.exit(f"{program}: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit(f"{program}: out of GPU memory: lower --micro-batch-size or --play-batch-size, or begin anew with "
-                 f"--bits 4{_then(advice)}")
+        sys.exit(
+            f"{program}: out of GPU memory: lower --micro-batch-size or --play-batch-size, or "
+            f"begin anew with --bits 4{and_then()}"
+        )
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # nothing more can be said there
-        sys.exit(f"{program}: nobody reads the output any more{_then(advice)}")
+        _print_nowhere()
+        sys.exit(f"{program}: nobody reads the output any more{and_then()}")
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        sys.exit(f"{program}: {'the disk is full; the last checkpoint is intact. Make room' if full else error}"
-                 + _then(advice))
-
-
-def _then(advice):
-    return f"; {said}" if (said := advice()) else ""
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "os error 28" in str(error):     # safetensors' own words for a full disk
+            error = "the disk is full; the last checkpoint is intact. Make room"
+        sys.exit(f"{program}: {error}{and_then()}")

@@ -1,10 +1,11 @@
 """Several processes that learn as one: what torchrun starts, each with its share of the games.
 
-    torchrun --nproc-per-node=2 train.py --task blackjack          # gloo on CPUs, NCCL on GPUs
+    torchrun --nproc-per-node=2 train.py --task blackjack       # gloo on CPUs, NCCL on GPUs
 
-Every process holds the whole policy, plays and learns from its own games, and takes the mean of all gradients, so the
-copies stay equal. Without torchrun there is one process and every function here does nothing; with it, every process
-must come to each call. Does not handle: several machines' file systems, sharded weights.
+Every process holds the whole policy, plays and learns from its own games, and takes the mean of
+all gradients, so the copies stay equal. Without torchrun there is one process, and every function
+here does nothing. With it, every process must come to each call.
+Does not handle: several machines' file systems, sharded weights.
 """
 
 import contextlib
@@ -15,23 +16,25 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from plumbing.errors import unheard
-
 
 def start():
-    """Join the other processes, if torchrun started this one; each gets its own GPU where there are some."""
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            sys.exit(f"LOCAL_RANK is set but {', '.join(missing)} is not: start several processes with torchrun, or "
-                     "unset LOCAL_RANK for one")
-        if torch.cuda.is_available():
-            here, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-            if local >= here:
-                sys.exit(f"more processes than GPUs: use torchrun --nproc-per-node={here}")
-            torch.cuda.set_device(local)
-        # hours: the others wait while the first plays the held-out games
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=timedelta(hours=6))
+    """Join the other processes, if torchrun started this one; each gets a GPU of its own."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        sys.exit(
+            f"LOCAL_RANK is set but {', '.join(missing)} is not: start several processes with "
+            "torchrun, or unset LOCAL_RANK for one"
+        )
+    if torch.cuda.is_available():
+        here, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if local >= here:
+            sys.exit(f"more processes than GPUs: use torchrun --nproc-per-node={here}")
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # hours: the others wait while the first plays the held-out games
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
 def stop():
@@ -41,10 +44,12 @@ def stop():
 
 
 def rank():
+    """The number of this process, 0 for the first, which alone writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size():
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -53,8 +58,10 @@ def together():
     """A call that all processes make; where one of them has ended, say so and end too."""
     try:
         yield
-    except RuntimeError as error:                           # gloo and NCCL have no class of their own for it
-        sys.exit(f"process {rank()} lost the others; if one of them has ended, it said why: {error}")
+    except RuntimeError as error:       # gloo and NCCL have no class of their own for it
+        sys.exit(
+            f"process {rank()} lost the others; if one of them has ended, it said why: {error}"
+        )
 
 
 def wait():
@@ -62,13 +69,6 @@ def wait():
     if dist.is_initialized():
         with together():
             dist.barrier()
-
-
-def say(text):
-    """Print, on the first process alone."""
-    if rank() == 0:
-        with unheard():
-            print(text, flush=True)
 
 
 def concat(values):
@@ -82,6 +82,7 @@ def concat(values):
     lengths = torch.eye(size(), dtype=torch.long)[rank()] * len(values)
     with together():
         dist.all_reduce(lengths)
+        # gather wants equal shapes: pad to the longest, cut afterwards
         padded = torch.zeros(lengths.max(), *values.shape[1:], dtype=values.dtype)
         padded[:len(values)] = values
         parts = [torch.zeros_like(padded) for _ in lengths]
@@ -90,9 +91,9 @@ def concat(values):
 
 
 def average(parameters, numbers):
-    """Replace the parameters' gradients, and a CPU tensor of numbers, by their means over all processes.
+    """Replace the parameters' gradients, and a CPU tensor of numbers, by their means over all.
 
-    A parameter without a gradient keeps none; which ones have some must be the same on every process.
+    A parameter without a gradient keeps none; which ones have some must be the same everywhere.
     """
     if not dist.is_initialized():
         return

@@ -1,12 +1,19 @@
-"""ALFWorld's expert (the demonstrator, with memory; without memory the heuristic), and the words that it would say.
+"""ALFWorld's experts, and the words that they would say.
 
-They know what the agent was told and has seen, no more: the task, the receptacles' names, what lies where it has looked
-(`info` of alfworld_env.py; `info["seen"]` is the memory). While it searches, the demonstrator goes through the
-receptacles in the order of their names, so that one who remembers nothing can do likewise.
-Does not handle: the houses (houses.py), the answer's format (parse.py).
+    doing, command = next_step(info)        # ("find apple", "go to fridge 1")
+    thoughts(info, command)                 # "At nowhere. … To do: find apple. I choose go to …"
+
+There are two: the demonstrator, with memory, and the heuristic, without. They know what the agent
+was told and has seen, no more: the task, the receptacles' names, what lies where it has looked
+(`info` of games/alfworld/game.py; `info["seen"]` is the memory). While it searches, the
+demonstrator goes through the receptacles in the order of their names, so that one who remembers
+nothing can do likewise.
+
+Does not handle: the houses (games/alfworld/houses.py), the answer's format (parse.py).
 """
 
-BADGES = {"clean": "clean", "heat": "hot", "cool": "cool"}                 # what an object is after it
+# what an object is after it
+BADGES = {"clean": "clean", "heat": "hot", "cool": "cool"}
 TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 
 
@@ -27,10 +34,15 @@ def next_step(info: dict, memory=True) -> tuple[str, str]:
     goal, held, commands = info["goal"], info["holding"], info["commands"]
     seen = info["seen"] if memory else info["contents"]
     act, target, place, lamp = goal["act"], goal["target"], goal["place"], goal["lamp"]
+
+    def targets_in(receptacle):
+        return sum(kind_of(name) == target for name in seen.get(receptacle, ()))
+
     # where it belongs; of several such places the one that holds most of its kind already
-    homes = sorted((r for r in info["receptacles"] if kind_of(r) == place),
-                   key=lambda r: -sum(kind_of(name) == target for name in seen.get(r, ())))
-    home = homes[0] if homes else None
+    homes = [r for r in info["receptacles"] if kind_of(r) == place]
+    home = max(homes, key=targets_in, default=None)
+
+    # with something in the hand
     if held and kind_of(held) != target:
         return f"leave {held}", _leave(info, held)
     if held:
@@ -45,7 +57,9 @@ def next_step(info: dict, memory=True) -> tuple[str, str]:
             return f"bring {held} to {home}", f"go to {home}"
         do = f"move {held} to {home}"
         return (f"put {held} in {home}", do) if do in commands else (f"open {home}", f"open {home}")
-    placed = home if act not in TOOLS else None             # what lies there is done with
+
+    # with empty hands: what lies where it belongs is done with, unless it is to be treated first
+    placed = home if act not in TOOLS else None
     for r, names in info["contents"].items():
         for name in names:
             if r != placed and kind_of(name) == target:
@@ -55,13 +69,17 @@ def next_step(info: dict, memory=True) -> tuple[str, str]:
 
 
 def _search(info, seen, kind):
-    """The command that looks for a kind of thing: where it was seen, else at the next place not seen yet."""
+    """The command that looks for a kind of thing.
+
+    It goes where such a thing was seen, else to the next place not seen yet.
+    """
     names, near = info["receptacles"], info["near"]
-    known = [r for r, things in seen.items() if r not in near and any(kind_of(name) == kind for name in things)]
-    if known:
-        return f"go to {known[0]}"
+    for r, things in seen.items():
+        if r not in near and any(kind_of(name) == kind for name in things):
+            return f"go to {r}"
     if shut := [r for r in near if r not in info["contents"]]:
         return f"open {shut[0]}"
+    # onwards from here, round to the first; where all were seen, to the very next
     start = names.index(info["at"]) + 1 if info["at"] else 0
     others = [r for r in (*names[start:], *names[:start]) if r not in near]
     return f"go to {next((r for r in others if r not in seen), others[0])}"
@@ -76,7 +94,9 @@ def _leave(info, held):
 def reading(info: dict) -> str:
     """The sentence that says what the picture shows: where one is, what one holds."""
     at = "nowhere" if info["at"] is None else info["at"] + (", shut" if info["shut"] else "")
-    held = "nothing" if info["holding"] is None else " ".join([*info["badges"], kind_of(info["holding"])])
+    held = "nothing"
+    if info["holding"] is not None:
+        held = " ".join([*info["badges"], kind_of(info["holding"])])
     return f"At {at}. Holding {held}."
 
 

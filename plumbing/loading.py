@@ -1,0 +1,166 @@
+"""Finding a model: a hub name, a folder, the pocket model, or a folder of adapters and its base.
+
+    found = find_model("auto")                          # what a command line's --model stands for
+    policy, files = load_policy(found, bits="4", rank=128, temperature=0.2)
+
+Errors are ModelErrors that say what to do. Does not handle: reading weights (policy.load_model),
+what fits into memory (memory.py), what the settings are (settings.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from families import FAMILIES, PARTS
+from plumbing.adapters import PolicyFiles, adapter_settings, base_name, load_adapters
+from plumbing.errors import UNREADABLE, ModelError, as_model_error
+from plumbing.manifest import check, weights_hash
+from plumbing.memory import check_weights
+from policy import Policy, load_model
+
+LLAVA_7B = "llava-hf/llava-v1.6-mistral-7b-hf"
+POCKET = Path(__file__).parent.parent / "checkpoints" / "pocket"
+SHIPPED = {"pocket": POCKET, "pocket-alfworld": POCKET.with_name("pocket-alfworld")}
+
+
+@dataclass
+class FoundModel:
+    """What a command line's --model stands for, before any weights are read."""
+
+    name: str               # "auto" resolved
+    base: str               # the model without adapters: what adapters of it are made for
+    adapters: str | None    # the folder of adapters to go on with, where name is one
+    folder: str             # what transformers loads the base from: a folder or a hub name
+    config: object          # transformers' configuration of it
+    device: str
+    why: str                # what to tell the user of it
+
+    @property
+    def is_pocket(self):
+        """Whether it is of pocket size; a model of half a billion weights is not."""
+        return self.config.get_text_config().hidden_size < 512
+
+    @property
+    def is_taught(self):
+        """Whether sft.py or train.py made it: RL needs no first stage then."""
+        return bool(self.adapters) or (Path(self.folder) / "sft.json").exists()
+
+    @property
+    def adapter_settings(self):
+        """rank and target_modules of the adapters to go on with; {} where there are none."""
+        if not self.adapters:
+            return {}
+        own = adapter_settings(self.adapters)
+        return {name: own[name] for name in ("rank", "target_modules")}
+
+
+def find_model(model="auto", task="blackjack", base=None) -> FoundModel:
+    """Return the FoundModel for a command line's word.
+
+    model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket"
+    (the task's own), a hub name, a model folder, or a folder of adapters that sft.py or train.py
+    wrote: then their base too. base: where that is, if it has moved since.
+    """
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"
+    # ALFWorld's pocket model has another vocabulary
+    own, other = "pocket", "pocket-alfworld"
+    if task == "alfworld":
+        own, other = other, own
+    name = why = own if model == "pocket" else str(model)
+    if model == "auto":
+        large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
+        name, alternative = (LLAVA_7B, own) if large else (own, LLAVA_7B)
+        why = f"{name} ({'a' if large else 'no'} GPU with 20 GB is here; or --model {alternative})"
+
+    base_model, adapters = name, None
+    if (Path(name) / "adapter_config.json").exists():
+        base_model, adapters = base_name(name), name
+        if Path(base_model).is_absolute() and not Path(base_model).is_dir():
+            if not (base and Path(base).is_dir()):
+                raise ModelError(
+                    f"{adapters} was made for the model in {base_model}, which is not there: to go "
+                    "on with a run, pass the model's present folder as --model with --resume")
+            base_model = base
+        why = f"{base_model} with the adapters in {adapters}"
+    if base_model not in SHIPPED and Path(base_model).is_dir():
+        base_model = str(Path(base_model).resolve())    # adapters name it wherever they are read
+    folder = str(SHIPPED.get(base_model, base_model))
+    if Path(folder).resolve() == SHIPPED[other].resolve():
+        raise ModelError(
+            f"{other} knows the words of other games than {task}: --model pocket is its own")
+    return FoundModel(name, base_model, adapters, folder, _config(folder), device, why)
+
+
+def _config(name):
+    """The configuration of a hub name or a folder; ModelError unless it is of a known family."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise ModelError(
+            f"cannot find a model {name!r}: it is neither a folder with a model here nor a name "
+            "that the hub gave an answer for. Check the spelling; without a network, download it "
+            f"elsewhere (`hf download {name}`) and pass the folder. The loader said: {error}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"{name!r} is a {config.model_type}: no model that this program can give pictures to. "
+            f"It knows {', '.join(FAMILIES)}; such as {LLAVA_7B}.")
+    if getattr(config.get_text_config(), "final_logit_softcapping", None):
+        raise ModelError(
+            f"{name!r} bends its logits (final_logit_softcapping), which policy.py's head does not")
+    return config
+
+
+def load_policy(found, bits, rank=32, target_modules=tuple(PARTS), temperature=1.0, seed=0,
+                gradient_checkpointing=0):
+    """Return (Policy, its PolicyFiles) of a FoundModel, with its adapters where it has some.
+
+    bits and what follows: as settings.resolve filled them in; adapters bring rank and parts of
+    their own. ModelError where the model cannot be had, or its files do not belong together.
+    """
+    model, processor = open_model(found, int(bits))
+    folder = Path(found.folder)
+    if (folder / "manifest.json").exists():             # sft.py --full wrote it
+        check(folder)
+    if not folder.is_dir():
+        folder = Path(cached_file(found.folder, "config.json")).parent
+    base_hash = weights_hash(folder)
+    alpha = None
+    if found.adapters:
+        if (Path(found.adapters) / "manifest.json").exists():       # PEFT's own folders have none
+            check(found.adapters, base_hash)
+        own = adapter_settings(found.adapters)
+        rank, alpha, target_modules = own["rank"], own["alpha"], own["target_modules"]
+    with as_model_error(f"{found.folder!r} with its tokenizer and chat template"):
+        policy = Policy(model, processor, rank, alpha, target_modules, temperature, seed,
+                        gradient_checkpointing)
+        policy.encode([np.zeros((300, 300, 3), np.uint8)], ["Hello"])       # now, not after an hour
+    if found.adapters:
+        load_adapters(policy.lora, found.adapters)
+    return policy, PolicyFiles(found.base, base_hash)
+
+
+def open_model(found, bits):
+    """policy.load_model of a FoundModel, with errors that say what to do."""
+    name = found.folder
+    check_weights(name, bits, found.device, found.config.dtype or torch.float16)
+    try:
+        # every kind of error: other people's code on other people's files
+        with as_model_error(
+                f"{name!r} does not load whole (a file missing, cut off, or neither here nor to be "
+                "had?), so it", Exception):
+            model, processor = load_model(name, bits, found.device)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise ModelError(
+            f"{name!r} does not fit into memory in {bits} bits: try --bits 4, close other "
+            "programs, or use --model pocket.") from error
+    if not getattr(processor, "chat_template", None):
+        raise ModelError(
+            f"{name!r} has no chat template: use a chat model with its whole processor")
+    return model, processor

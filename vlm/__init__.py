@@ -1,1 +1,0 @@
-"""What policy.py stands on: models found and loaded, what differs between them, their memory, LoRA."""
