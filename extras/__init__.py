@@ -1,1 +1,1 @@
-"""What is not the method: the pocket model, a baseline, measurements, figures. See README.md in this folder."""
+"""What a flag calls: pages and films of games, endpoints, TensorBoard."""

@@ -1,0 +1,1 @@
+"""What is run by itself: making pocket models, measuring, breaking things."""
