@@ -1,0 +1,149 @@
+"""Held-out evaluation, and who plays."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import players
+import rollout as playing
+from env import GAMES
+from extras.film import Film
+from games import draw
+from plumbing.loading import POCKET
+from policy import Policy
+from tests.common import make_run, pocket_settings
+
+
+@pytest.mark.parametrize("task", GAMES)
+def test_the_shipped_model_reads_held_out_pictures(shipped, task):
+    """Tokenizer and weights belong together: a pocket model that cannot read would still parse at 100 %."""
+    agent = Policy(shipped[0], shipped[1], target_modules=())
+    player = players.model_player(agent, seed=0, max_new_tokens=90)
+    games = {"blackjack": 40, "points24": 12}.get(task, 20)              # some 60 to 200 pictures
+    result = evaluation.evaluate(player, task, games, seed=777_000)
+    assert result["reading_rate"] >= 0.9 and result["parse_rate"] >= 0.95
+    assert result["success"] <= 0.55                                    # it has not been taught to play
+
+
+def test_held_out_games_are_asked_as_the_run_was(shipped, tmp_path, monkeypatch, capsys):
+    """Without chain of thought no prompt wants thoughts, and none are looked for in the answers."""
+    run, texts = make_run(shipped, "numberline", cot=False, eval_episodes=2, max_new_tokens=20), []
+    encode = run.policy.encode
+    monkeypatch.setattr(run.policy, "encode", lambda pictures, said: (texts.extend(said), encode(pictures, said))[1])
+    result = evaluation.held_out(run.policy, run.settings, 1, tmp_path / "eval.json")
+    assert texts and not any('"thoughts"' in text for text in texts) and result["reading_rate"] is None
+    evaluation.main(["--task", "numberline", "--model", "pocket", "--no-cot", "--episodes", "1"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reading_rate"] is None
+
+
+def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
+    evaluation.main(["--task", "blackjack", "--policy", "always:stand", "--episodes", "4000"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"task", "policy", "episodes", "seed", "success", "success_low", "success_high", "return_mean", "goal_rate",
+            "parse_rate", "expert_agreement", "reading_rate", "hit_rate_by_total"} <= set(result)
+    assert result["success"] == pytest.approx(0.3807, abs=0.025) and set(result["hit_rate_by_total"].values()) == {0.0}
+    assert result["success_low"] < 0.3807 < result["success_high"]
+    random_play = evaluation.evaluate(players.scripted_player("random", "blackjack", 0), "blackjack", 4000, 10_000)
+    assert random_play["success"] == pytest.approx(0.2806, abs=0.025)
+    assert random_play["return_mean"] == pytest.approx(-0.396, abs=0.05)
+    plus = evaluation.evaluate(players.scripted_player("always:+", "numberline", 0), "numberline", 500, 0)
+    assert plus["success"] == pytest.approx(0.5, abs=0.07) and plus["goal_rate"] == plus["success"]
+    # the same episodes, however many are played side by side
+    few, many = (evaluation.evaluate(players.scripted_player("expert", "points24", 0), "points24", 40, 5, envs)
+                 for envs in (3, 64))
+    assert few == many
+
+
+def test_a_player_that_hits_below_a_total_wins_what_it_should():
+    """below:12 can never bust: it wins 41.29 % of all games, by dynamic programming over the infinite deck."""
+    result = evaluation.evaluate(players.scripted_player("below:12", "blackjack", 0), "blackjack", 4000, 10_000)
+    assert result["success"] == pytest.approx(0.4129, abs=0.025)
+    assert result["success_low"] < 0.4129 < result["success_high"]
+    hits = {int(total): share for total, share in result["hit_rate_by_total"].items()}
+    assert {11, 12, 21} <= set(hits) and all(share == (total < 12) for total, share in hits.items())
+    for name, task in (("below:12", "numberline"), ("below:", "blackjack"), ("below:x", "blackjack")):
+        with pytest.raises(ValueError, match="no policy"):
+            players.scripted_player(name, task, 0)
+
+
+def test_the_likeliest_answer_hangs_on_no_seed(shipped):
+    policy = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, temperature=1.0)
+    games = [GAMES["points24"]() for _ in range(6)]
+    states = [game.reset(seed=k) for k, game in enumerate(games)]
+    options = SimpleNamespace(policy=None, endpoint=None)
+    settings = pocket_settings("points24", max_new_tokens=60)
+    for greedy in (True, False):
+        options.greedy, answers = greedy, []
+        for options.seed in (0, 1):
+            player = evaluation.make_player(options, policy, settings, {})
+            answers.append([choice.text for choice in player(games, *zip(*states))])
+        assert (answers[0] == answers[1]) == greedy
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
+    (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
+    (["--policy", "random", "--greedy"], "draw no tokens"),
+    (["--policy", "random", "--temperature", "0.1"], "draw no tokens"),
+    (["--policy", "random", "--max-new-tokens", "5"], "draw no tokens"),
+    (["--model", "pocket", "--greedy", "--temperature", "0.1"], "no --temperature"),
+    (["--model", "pocket", "--endpoint", ""], "--endpoint is empty"), (["--model", "pocket", "--out", ""], "empty"),
+    (["--policy", "random", "--out", "x.html", "--render", "x.html"], "two files"),
+    (["--policy", "random", "--episodes", "1" + 14 * "0"], "below 2³¹"),
+    (["--policy", "random", "--seed", "2147483647", "--episodes", "2"], "training deals begin there"),
+    (["--model", str(POCKET.with_name("pocket-alfworld"))], "words of other games"),
+    (["--policy", "random", "--endpoint", "http://localhost:1/v1"], "needs --model NAME")])
+def test_evaluation_says_what_is_wrong(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        evaluation.main(["--task", "blackjack", *arguments])
+
+
+def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
+    """Each game's result is what it is alone; the average is of the four card games; what has no sense is refused."""
+    arguments = ["--policy", "random", "--episodes", "4", "--num-envs", "4"]
+    evaluation.main(["--task", "all", *arguments, "--out", str(tmp_path / "all.json")])
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert set(found["tasks"]) - {"alfworld"} == set(GAMES)
+    assert found["average"] == pytest.approx(sum(found["tasks"][task]["success"] for task in GAMES) / 4)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    for task in ("numberline", "blackjack"):
+        evaluation.main(["--task", task, *arguments])
+        printed = capsys.readouterr().out
+        assert json.loads(printed.splitlines()[-1]) == {"policy": "random", **found["tasks"][task]}
+        recorded = json.loads(evaluation.BASELINES.read_text())[f"{task}-random"]
+        assert f"random {100 * recorded['success']:.1f} %" in printed
+    for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"]):
+        with pytest.raises(SystemExit, match="--task all takes"):
+            evaluation.main(["--task", "all", *bad])
+
+
+@pytest.mark.parametrize("chosen", [None, 0.25])
+def test_all_games_are_played_at_the_temperature_that_each_starts_with(monkeypatch, chosen):
+    played, result = {}, {"success": 0, "success_low": 0, "success_high": 0, "parse_rate": None, "reading_rate": None}
+    monkeypatch.setattr(evaluation, "play_task", lambda options, policy, name, settings, given: (
+        played.update({settings.task: policy.temperature}), result | {"policy": name})[1])
+    evaluation.main(["--task", "all", "--model", "pocket", *(["--temperature", str(chosen)] if chosen else [])])
+    assert played == {task: chosen or pocket_settings(task).temperature for task in played}
+    assert set(played) - {"alfworld"} == set(GAMES)
+
+
+def test_an_episode_can_be_drawn(tmp_path, capsys):
+    evaluation.main(["--task", "blackjack", "--model", "pocket", "--episodes", "1", "--max-new-tokens", "40",
+                     "--render", str(tmp_path / "game.gif"), "--out", str(tmp_path / "game.json")])
+    with draw.Image.open(tmp_path / "game.gif") as film:
+        assert film.n_frames >= 2 and film.size == (760, 300)
+    evaluation.main(["--task", "numberline", "--policy", "expert", "--episodes", "1",
+                     "--render", str(tmp_path / "game.png")])
+    with draw.Image.open(tmp_path / "game.png") as strip:
+        assert strip.width == 760 and strip.height >= 600 and strip.height % 300 == 0
+    assert json.loads((tmp_path / "game.json").read_text())["episodes"] == 1
+    picture, frames = GAMES["blackjack"]().reset(seed=0)[0], []
+    for named in (True, False):                                         # an action drawn at random is marked
+        film = Film()
+        film(picture, playing.Choice("hit", 1, named, "no idea"), 0)
+        frames.append(np.asarray(film.frames[0]))
+    assert not np.array_equal(*frames)

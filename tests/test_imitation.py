@@ -1,0 +1,176 @@
+"""What is ours and off by default: self-imitation, a falling temperature, a weight of advantages below 0."""
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as evaluation
+import imitation
+import parallel
+import players
+import ppo
+import rollout as playing
+import train
+from env import TASKS
+from plumbing import checkpoint
+from plumbing.settings import Settings, resolve
+from policy import Policy
+from tests.common import make_run, play_out, pocket_settings, run_metrics, stop_at
+
+
+def imitate(run):
+    return imitation.imitate(run.policy, run.optimizer, run.imitation_buffer, run.games[0], run.settings, run.shuffling)
+
+
+def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tiny, tmp_path, monkeypatch, capsys):
+    """In rollouts, scores and held-out games alike; eval.py knows a run's."""
+    run, seen = make_run(shipped, "numberline", temperature_end=0.1, total_timesteps=80, num_envs=4,
+                         max_new_tokens=20, update_epochs=1), []
+    log_softmax = Policy._log_softmax
+    monkeypatch.setattr(Policy, "_log_softmax", lambda self, hidden: (
+        seen.append(self.temperature), log_softmax(self, hidden))[1])
+    for run.update in (3, 11):                              # on its way, and at its end
+        train.anneal(run)
+        rollout = play_out(run)
+        assert ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)["ratio_error"] == 0
+        assert {round(temperature, 9) for temperature in seen} == {round(max(0.1, 0.5 - 0.4 * run.update / 9), 9)}
+        seen.clear()
+    once = pocket_settings("numberline", total_timesteps=512, temperature=0.5, temperature_end=0.1)
+    assert once.temperature_at(0) == 0.5 and once.temperature_at(1) == pytest.approx(0.1)       # one update
+    train.main(["--task", "numberline", "--model", str(tiny), "--num-envs", "4", "--num-steps", "2",
+                "--total-timesteps", "16", "--rank", "2", "--max-new-tokens", "5", "--eval-episodes", "4",
+                "--temperature-end", "0.25", "--out", str(tmp_path / "run")])
+    card_says = (checkpoint.newest_checkpoint(tmp_path / "run") / "README.md").read_text()
+    assert "--temperature-end 0.25" in card_says and "--temperature 0.25" in card_says
+    policy, _ = players.open_run(tmp_path / "run")
+    assert policy.temperature == pytest.approx(0.25) == seen[-1]
+    asked = ["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "2"]
+    for more, temperature in (([], 0.25), (["--temperature", "0.125"], 0.125)):
+        evaluation.main([*asked, *more])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["temperature"] == temperature == seen[-1]
+
+
+def test_a_temperature_that_was_chosen_stays():
+    """It falls only where that was asked for, on every game."""
+    large = SimpleNamespace(name="large", is_pocket=False, is_taught=False, adapter_settings={}, device="cpu")
+    for model, chosen, expected in ((None, {}, (0.2, 0.2)), (large, {}, (0.2, 0.2)),
+                                    (large, {"temperature": 0.5}, (0.5, 0.5)),
+                                    (large, {"temperature_end": 0.1}, (0.2, 0.1))):
+        settings = resolve(Settings, {"task": "points24", **chosen}, model)
+        assert (settings.temperature, settings.temperature_end) == expected
+    for task in TASKS:
+        for chosen, expected in (({}, (0.5, 0.5)), ({"temperature": 0.3}, (0.3, 0.3)),
+                                 ({"temperature": 0.5, "temperature_end": 0.1}, (0.5, 0.1)),
+                                 ({"temperature_end": 0.2}, (0.5, 0.2))):
+            settings = pocket_settings(task, **chosen)
+            assert (settings.temperature, settings.temperature_end) == expected
+    assert players.open_policy("pocket", task="points24")[0].temperature == 0.5
+
+
+def test_advantages_below_0_may_weigh_less(shipped):
+    """Computed beside: the same rollout, once with the weight 1 and once with 0.25."""
+    run = make_run(shipped, "blackjack")
+    rollout = play_out(run)
+    plain = rollout.advantages
+    assert (plain < 0).any() and (plain > 0).any() and plain.mean().abs() < 1e-6
+    playing.add_advantages(run.policy, rollout, replace(run.settings, negative_weight=0.25))
+    assert rollout.advantages.tolist() == [a if a >= 0 else 0.25 * a for a in plain.tolist()]
+
+
+def test_what_is_kept_of_won_games():
+    """Two games over two rollouts, by hand: one is won across both, without its punished step; one lost, then won,
+    without its answer that named no action."""
+    won = imitation.WonGames(2)
+    rewards = [torch.tensor([[0.0, 0.0], [-1.0, -1.0]]), torch.tensor([[10.0, 0.0], [0.0, 10.0]])]
+    ended = [torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
+    for r in range(2):
+        names = [f"rollout {r} step {t} game {n}" for t in range(2) for n in range(2)]
+        choices = [SimpleNamespace(named=name != "rollout 1 step 0 game 1") for name in names]
+        won.add(SimpleNamespace(rewards=rewards[r], terminated=ended[r], truncated=torch.zeros(2, 2),
+                                states=names, responses=names, choices=choices))
+        if r == 0:
+            assert not won.kept and [len(waiting) for waiting in won.waiting] == [1, 0]
+            again = imitation.WonGames(2)
+            again.set_state(json.loads(json.dumps(won.get_state())))            # as through a checkpoint
+            assert again.get_state() == won.get_state() and again.kept.maxlen == imitation.KEPT
+    assert [state for state, _ in won.kept] == ["rollout 0 step 0 game 0", "rollout 1 step 0 game 0",
+                                                "rollout 1 step 1 game 1"]
+    assert won.waiting == [[["rollout 1 step 1 game 0"] * 2], []]
+    won.add(SimpleNamespace(rewards=torch.ones(1, 2), terminated=torch.zeros(1, 2), truncated=torch.ones(1, 2),
+                            states=["a", "b"], responses=["a", "b"], choices=choices))
+    assert len(won.kept) == 3 and won.waiting == [[], []]                       # time was up: not won
+
+
+def test_imitation_makes_won_answers_likelier(shipped, monkeypatch):
+    """By transformers' own loss as well; V, its optimiser and the games stay as they are."""
+    run = make_run(shipped, "ezpoints", imitation=2, minibatch_size=8, num_steps=6, total_timesteps=96)
+    none = imitate(run)
+    assert none == {"won_answers": 0, "imitation_loss": None}
+    rollout = play_out(run)
+    run.imitation_buffer.add(rollout)
+    kept = [rollout.states.index(state) for state, _ in run.imitation_buffer.kept]
+    assert 16 <= len(kept) < len(rollout.states) and all(rollout.rewards.view(-1)[i] >= 0 for i in kept)
+    score = lambda: run.policy.logprobs([rollout.prompts[i] for i in kept],
+                                        [rollout.responses[i] for i in kept])[0].sum().item()
+    before, states = score(), [game.get_state() for game in run.games]
+    head = copy.deepcopy(run.policy.value_head.state_dict())
+    some = [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().set_state(run.shuffling.get_state()))
+            .tolist()[:16]]                                             # two minibatches of 8, drawn
+    first = run.policy.logprobs([rollout.prompts[i] for i in some[:8]], [rollout.responses[i] for i in some[:8]])
+    losses, prepare = [], imitation.prepare_step
+    monkeypatch.setattr(imitation, "prepare_step", lambda optimizer, loss, settings: (
+        losses.append(loss.item()), prepare(optimizer, loss, settings)))
+    found = imitate(run)
+    assert losses[0] == pytest.approx(-first[0].sum().item() / first[1].sum().item(), rel=1e-4)         # a token
+    assert found["imitation_loss"] == pytest.approx(sum(losses) / 2) and len(losses) == 2
+    assert found["won_answers"] == len(kept) and found["imitation_loss"] > 0 and score() > before
+    assert [game.get_state() for game in run.games] == states
+    assert all(torch.equal(head[name], now) for name, now in run.policy.value_head.state_dict().items())
+    assert not any(run.optimizer.state[p] for p in run.optimizer.param_groups[1]["params"])
+
+
+def test_processes_imitate_equally_often(shipped, monkeypatch):
+    """Each takes as many steps as the one that has kept the fewest; a minibatch is shared out among them."""
+    run, asked, scored = make_run(shipped, "numberline", imitation=3, minibatch_size=8), [], []
+    logprobs = run.policy.logprobs
+    monkeypatch.setattr(run.policy, "logprobs", lambda prompts, answers, *shape: (
+        scored.append(len(answers)), logprobs(prompts, answers, *shape))[1])
+    rollout = play_out(run)
+    scored.clear()
+    run.imitation_buffer.kept.extend(zip(rollout.states, rollout.responses))
+    monkeypatch.setattr(run.policy, "encode_answers", None)             # sampled ids are learned, not the text's
+    monkeypatch.setattr(run.optimizer, "step", lambda: asked.append(0))
+    for other, steps in ((None, 3), (0, 0), (2, 2)):
+        if other is not None:
+            monkeypatch.setattr(parallel, "size", lambda: 2)
+            monkeypatch.setattr(parallel, "concat", lambda mine, other=other: torch.cat([mine, torch.tensor([other])]))
+            monkeypatch.setattr(parallel, "average", lambda parameters, losses: None)
+        imitate(run)
+        assert len(asked) == steps and sum(scored) == steps * (8 if other is None else 4)
+        asked.clear()
+        scored.clear()
+
+
+def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
+    command = ["--task", "numberline", "--model", "pocket", "--num-envs", "8", "--num-steps", "4", "--rank", "2",
+               "--total-timesteps", "64", "--minibatch-size", "4", "--update-epochs", "1", "--eval-episodes", "0",
+               "--max-new-tokens", "80", "--imitation", "1", "--negative-weight", "0.5", "--temperature", "0.3",
+               "--temperature-end", "0.2"]
+    train.main([*command, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "save", stop_at(1, checkpoint.save))
+        with pytest.raises(SystemExit, match="--resume"):
+            train.main([*command, "--out", str(tmp_path / "stopped")])
+    train.main([*command, "--out", str(tmp_path / "stopped"), "--resume"])
+    one, other = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
+    assert one == other
+    rows = run_metrics(tmp_path / "whole")
+    assert rows[-1]["won_answers"] > rows[0]["won_answers"] >= 4 and rows[-1]["imitation_loss"] > 0
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "process0.json"):
+        one, other = ((checkpoint.newest_checkpoint(tmp_path / name) / file).read_bytes()
+                      for name in ("whole", "stopped"))
+        assert one == other

@@ -1,0 +1,379 @@
+"""The pages: figures, tables, commands, links, the tutorial."""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import parse
+import ppo
+import rollout as playing
+import sft
+from env import GAMES, TASKS
+from plumbing import manifest
+from plumbing import settings as run_settings
+from plumbing.settings import Settings
+from policy import Policy
+from tests.common import pocket_settings
+
+HERE = Path(__file__).parent.parent
+PAGES = ("README.md", "DIFFERENCES.md", "results/README.md", "results/LOG.md", "extras/README.md", "lab/README.md")
+
+
+def script_of(file):
+    """A module that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, HERE / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def make():
+    return script_of("results/make.py")
+
+
+def read(page):
+    return (HERE / page).read_text(encoding="utf-8")
+
+
+# ---- the tutorial ------------------------------------------------------------------------------
+TUTORIAL = HERE / "tutorial.ipynb"
+METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"}}        # a kernel writes its version and more into it
+
+
+def execute(folder):
+    """The notebook (nbformat's), executed in a kernel of its own on one thread; raises what a cell raises. To store it
+    after a change of it, from the repository's root:
+
+        python -c "import nbformat, tests.test_pages as t; nbformat.write(t.execute('/tmp/kernel'), t.TUTORIAL)"
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                            extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(HERE)}})
+    env = os.environ | {"IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}      # nobody's own start-up files
+    env.pop("MPLBACKEND", None)
+    client.execute(env=env)
+    notebook.metadata = nbformat.from_dict(METADATA)
+    return notebook
+
+
+def tutorial_cells():
+    return [cell for cell in json.loads(TUTORIAL.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def shown(cell):
+    """All that a cell printed, and the text/plain of what it displayed, without the pictures."""
+    printed = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+    return printed + "".join("".join(out["data"]["text/plain"]) for out in cell["outputs"] if "data" in out)
+
+
+def test_the_tutorial_is_stored_with_its_outputs_and_nothing_of_its_machine():
+    notebook = json.loads(TUTORIAL.read_text())
+    assert TUTORIAL.stat().st_size < 400_000
+    assert notebook["metadata"] == METADATA
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"])         # such as times of execution
+    assert [cell["execution_count"] for cell in tutorial_cells()] == [*range(1, len(tutorial_cells()) + 1)]
+    for cell in tutorial_cells():
+        kinds = [output.get("name", output["output_type"]) for output in cell["outputs"]]
+        pictures = sum("image/png" in output.get("data", ()) for output in cell["outputs"])
+        source = "".join(cell["source"])
+        assert set(kinds) <= {"stdout", "display_data", "execute_result"}, cell["id"]   # no warnings, no progress bars
+        assert ("stdout" in kinds) == ("print(" in source), cell["id"]
+        assert pictures == len(re.findall(r"subplots\(|Image\.fromarray", source)), cell["id"]
+        assert not re.search(r"/(work|root|home|opt|tmp|Users)\b|0x[0-9a-f]{6}", shown(cell)), cell["id"]
+
+
+def test_the_tutorial_runs_and_shows_what_is_stored(tmp_path):
+    """Word for word. Decimals may differ in the last place; after learning, which adds up rounding, by 0.1."""
+    for package in ("nbformat", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="pip install -r extras/requirements-notebook.txt")
+    notebook = execute(tmp_path)
+    decimal = r"-?\d+\.\d+"
+    fresh = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for stored, now in zip(tutorial_cells(), fresh, strict=True):
+        expected, found = shown(stored), shown(now)
+        assert re.sub(rf" *{decimal}", " #", found) == re.sub(rf" *{decimal}", " #", expected), now.id
+        figures = [[float(figure) for figure in re.findall(decimal, text)] for text in (found, expected)]
+        slack = 0.1 if "learns" in now.metadata.get("tags", ()) else 0.011
+        assert figures[0] == pytest.approx(figures[1], abs=slack, rel=0), now.id
+
+
+# ---- the README --------------------------------------------------------------------------------
+def test_the_readme_is_short_and_no_page_has_a_placeholder_left():
+    assert len(read("README.md").splitlines()) <= 170
+    for page in PAGES:
+        assert not re.search(r"^(QUICKSTART|TABLE_\w+)$|TODO|XXX", read(page), re.M), page
+
+
+def test_the_readmes_worked_step_is_true(shipped):
+    """The answer that the snippet samples, and the figures that the method section gives for it."""
+    agent, game = Policy(shipped[0], shipped[1], target_modules=(), temperature=0.5), GAMES["blackjack"]()
+    picture, info = game.reset(seed=0)
+    [prompt], [response], [choice] = playing.act(agent, [game], [picture], [info], torch.Generator().manual_seed(0),
+                                                 np.random.default_rng(0))
+    with torch.no_grad():
+        logp, mask, _ = agent.logprobs([prompt], [response])
+    start, pictured = choice.action_start, prompt.ids.count(agent.family.image_token)
+    action, character = parse.parse(choice.text, game.legal_actions())
+    weighted = ppo.answer_logprob(logp, mask, torch.tensor([start]), 0.5).item()
+    readme = read("README.md")
+    for told in (f"picture {picture.shape}",
+                 f"dealer {info['dealer']}, hand {' '.join(info['hand'])}, total {info['total']}",
+                 f"{len(prompt.ids)} tokens: {pictured} picture, {len(prompt.ids) - pictured} text",
+                 f"{len(response)} sampled tokens", choice.text, f'"{action}"; the action part begins at character '
+                 f"{character}, token {start}"):
+        assert told in readme
+    figures = (logp[0, :start].sum().item(), logp[0, start:].sum().item(), weighted)
+    assert all(f"{figure:.3f}".replace("-", "−") in readme for figure in figures), figures
+
+
+def test_the_readmes_snippet_plays_and_scores_one_step(monkeypatch):
+    """The Python block runs as it stands, and prints what the comment at its end says."""
+    block = re.search(r"```python\n(.*?)```", read("extras/README.md"), re.S)[1]
+    monkeypatch.chdir(HERE)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(compile(block, "extras/README.md", "exec"), {"__name__": "__main__"})
+    found = said.getvalue().splitlines()
+    assert len(found) == 3
+    for line in found:
+        assert line.removeprefix("{") in block.split("# {")[1], line
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ppo_is_the_default_of_every_game(task):
+    """Self-imitation, a smaller weight of losses and a falling temperature are for those who ask."""
+    settings = pocket_settings(task)
+    assert (settings.imitation, settings.negative_weight, settings.temperature) == (0, 1, 0.5)
+    assert settings.temperature_end == settings.temperature
+
+
+def test_the_readme_tells_the_settings_that_are_not_the_papers():
+    """Its table has the defaults of plumbing/settings.py, of a large model and of the pocket model."""
+    large, pocket = Settings(task="blackjack"), pocket_settings("blackjack")
+    rows = [line.strip("| ").split(" | ") for line in read("README.md").splitlines() if line.startswith("| ")]
+    told = {row[0]: [re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", cell) for cell in row[1:3]] for row in rows}
+    plain = {name: [[*map(float, cell)] for cell in cells] for name, cells in told.items()}
+    assert plain["temperature"] == [[large.temperature], [pocket.temperature]]
+    assert plain["learning rate; of the value head"] == [[large.lr], [pocket.lr, pocket.value_lr]]
+    assert large.value_lr == large.lr
+    assert plain["advantages are divided by"] == [[], [pocket.advantage_floor]] and large.advantage_floor == 0
+    assert plain["the policy's update ends"] == [[large.update_epochs], [pocket.target_kl]] and large.target_kl == 0
+
+
+# ---- tables and figures ------------------------------------------------------------------------
+def stands_on(table):
+    """The pages that have a Markdown table, each as often as it has it; wherever its head is, all of it must be."""
+    rows, found = table.splitlines(), []
+    for page in PAGES:
+        lines = [line.strip() for line in read(page).splitlines()]
+        for first in (k for k, line in enumerate(lines) if line == rows[0]):
+            assert lines[first:first + len(rows)] == rows, page
+            assert not lines[first + len(rows)].startswith("|"), page       # no row of an earlier table is left
+            found.append(page)
+    return found
+
+
+def test_the_readmes_tables_are_made_of_the_result_files(make):
+    tables = make.tables()
+    assert len(tables) >= 5 and {make.ours(), make.paper()} <= set(tables)
+    for table in tables:
+        assert len(table.splitlines()) >= 3 and stands_on(table), table
+    assert "README.md" in stands_on(make.ours()) and "README.md" in stands_on(make.paper())
+    tried = json.loads(read("results/bench/torture.json"))["tried_held"]
+    survived = [[name, *(f"{count:,}" for count in counts)] for name, counts in tried.items()]
+    assert stands_on(make.markdown(["tried", "times", "held"], survived)) == ["lab/README.md"]
+
+
+def test_the_table_of_gpus_is_made_of_the_plans_of_memory():
+    shapes = importlib.import_module("lab.shapes")
+    assert stands_on(shapes.table()) == ["lab/README.md"]
+
+
+def test_figures_draw_what_the_files_say(make, monkeypatch):
+    """Means of the seeds in %; a rollout in which no episode ended is a gap."""
+    rows = [{"env_steps": 8 * k, "success": success} for k, success in enumerate((0.5, None, 1.0))]
+    steps, success = make.curves([{"metrics": rows}])
+    assert steps.tolist() == [0, 8, 16] and np.array_equal(success, [[50, np.nan, 100]], equal_nan=True)
+    drawn = {}
+    monkeypatch.setattr(make.pyplot.Figure, "savefig", lambda figure, path, **_: drawn.update({path.name: figure}))
+    make.draw_curves()
+    for axes, task in zip(drawn["curves.png"].axes, make.TASKS, strict=True):
+        ppo, no_cot = (line for line in axes.lines if line.get_label().startswith("PPO"))
+        for line, variant in ((ppo, ""), (no_cot, "no-cot")):
+            assert np.allclose(line.get_ydata(), np.nanmean(make.curves(make.runs(task, variant))[1], 0))
+
+
+def test_figures_in_the_prose_are_in_the_result_files(make):
+    """Games without a first success, what the starts that were taught one came to, what the README's sentences say."""
+    prose = " ".join(" ".join(read(page).split()) for page in PAGES)
+
+    def games(task, variant):
+        rows = [row for run in make.runs(task, variant) for row in run["metrics"]]
+        return sum(round(row["episodes"] * row["success"]) for row in rows), sum(row["episodes"] for row in rows)
+
+    for task, variant in (("points24", "no-cot"), ("ezpoints", "features"), ("points24", "features")):
+        won, played = games(task, variant)
+        assert re.search(rf"(?<![\d.,]){won} of {played:,}", prose), (task, variant)
+    tried = HERE / "results" / "tried"
+    taught = [json.loads(file.read_text()) for file in sorted(tried.glob("taught-points24-no-cot-seed*.json"))]
+    assert len(taught) == 3 and f"to {make.shown(make.finals(taught))} %" in prose
+    features = json.loads((tried / "taught-features-ezpoints-seed1.json").read_text())
+    for run, keys in ((taught[0], ("eval_start",)), (features, ("eval_start", "eval"))):
+        for key in keys:
+            assert re.search(rf"(?<![\d.,]){100 * run[key]['success']:.1f} %", prose), key
+    shares = {key: make.baseline(*key) for key in (
+        ("blackjack", "below-14"), ("points24", "start-temperature-0.3"), ("points24", "start-temperature-0.1"),
+        ("ezpoints", "before-weakening"), ("points24", "before-weakening"))}
+    for key, share in shares.items():
+        assert re.search(rf"(?<![\d.,]){share:.1f} %", prose), key
+    assert f"wins {make.baseline('alfworld', 'start'):.0f} % before RL and " \
+           f"{make.shown(make.finals(make.runs('alfworld')))} % after it" in prose
+
+
+# ---- runs and their commands -------------------------------------------------------------------
+PARSERS = {
+    "train.py": lambda: run_settings.make_parser(Settings),
+    "sft.py": lambda: run_settings.make_parser(sft.SFTSettings),
+    "eval.py": evaluation.make_parser,
+    "results/make.py": lambda: script_of("results/make.py").make_parser(),
+    "-m lab.features": lambda: run_settings.make_parser(importlib.import_module("lab.features").FeatureSettings),
+    "-m lab.pocket_alfworld": lambda: importlib.import_module("lab.pocket").make_parser(),
+    "-m lab.shapes": argparse.ArgumentParser} | {       # which takes nothing
+    f"-m lab.{name}": lambda name=name: importlib.import_module(f"lab.{name}").make_parser()
+    for name in ("pocket", "bench", "torture", "rehearsal")}
+
+
+def name_at_its_time(name):
+    """What a run of Points24 was called when another recipe was the game's default (results/LOG.md)."""
+    if "-imitation-" in name:
+        return name.replace("-imitation-", "-")
+    return re.sub(r"^points24-seed", "points24-plain-seed", name)
+
+
+def test_each_result_belongs_to_its_command(make):
+    """A run's settings, held-out games and name are what its command says: all steps, held-out deals."""
+    files = sorted((HERE / "results" / "runs").glob("*.json"))
+    assert len(files) >= 80 and make.runs("alfworld")       # none is hidden from git
+    for file in files:
+        run, name = json.loads(file.read_text()), name_at_its_time(file.stem)
+        command = run["command"].replace("-m extras.features", "-m lab.features")
+        script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", command).groups()
+        given = vars(PARSERS[script]().parse_args(shlex.split(words)))
+        config, end = run["config"], run["eval"]
+        assert Path(given["out"]).name == Path(config["out"]).name == name
+        assert Path(end.get("policy", name)).name == name
+        if config["task"] == "alfworld":                    # whose pocket model has a name of its own
+            given["model"] = given["model"].replace("pocket", "pocket-alfworld")
+        steps = given.get("total_timesteps", 5_000 if config["task"] == "alfworld" else 15_000)
+        assert {key: config[key] for key in given} == given and config["total_timesteps"] == steps, name
+        assert len(run["metrics"]) == len(run["transcripts"]) == steps // 512 and end["seed"] == 10_000, name
+        assert end["episodes"] == {"blackjack": 10_000, "alfworld": 500}.get(config["task"], 1000), name
+        assert file.stem.startswith(config["task"]) and file.stem.endswith(f"-seed{config['seed']}")
+        # what its name says is in its settings
+        assert ("imitation" in file.stem) == bool(config.get("imitation")), name
+        assert ("no-cot" in file.stem or "features" in file.stem) == (not config.get("cot")), name
+
+
+@pytest.mark.parametrize("name", ["numberline-seed4", "ezpoints-seed4", "blackjack-seed4", "points24-seed1"])
+def test_the_main_tables_runs_have_todays_defaults(name):
+    stored = json.loads((HERE / "results" / "runs" / f"{name}.json").read_text())["config"]
+    apart = {"out", "seed", "model", "eval_episodes"}
+    today = manifest.plain(pocket_settings(name.partition("-")[0]))
+    own = {key: value for key, value in today.items() if key in stored and key not in apart}
+    # settings that came later, or have other names since: what they stand for is today's default
+    assert len(own) > 20 and own == {key: stored[key] for key in own}
+
+
+def test_run_all_makes_the_runs_that_are_stored(make):
+    """Its lines parse today, and what they ask for is in the stored runs' settings; every stored run has a line."""
+    script, asks = read("results/run_all.sh").partition("\nexport -f")[0], 'python -c "import alfworld" 2> /dev/null'
+    assert script.count(asks) == 1
+    listing = ["bash", "-c", script.replace(asks, "true") + "\nall_runs"]
+    lines = subprocess.run(listing, cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
+    stored = {file.stem: json.loads(file.read_text()) for file in (HERE / "results" / "runs").glob("*.json")}
+    known, seen = make.baselines(), set()
+    for line in lines:
+        kind, name, games, *words = shlex.split(line)
+        if kind == "evaluate":
+            options, found = PARSERS["eval.py"]().parse_args(words), known.get(name, {})
+            assert name.startswith(options.task) and found.get("episodes", int(games)) == int(games), name
+            assert not options.policy or found.get("policy", options.policy) == options.policy, name
+            continue
+        if kind == "best":                      # supervised fine-tuning's steps first; run_all.sh adds the task
+            words = ["--task", name.partition("-")[0], *words[1:]]
+        given = vars(PARSERS["-m lab.features" if kind == "features" else "train.py"]().parse_args(words))
+        given.pop("model", None)
+        if name in stored:
+            seen.add(name)
+            config = stored[name]["config"]
+            assert {key: config[key] for key in given} == given, name
+            assert stored[name]["eval"]["episodes"] == int(games), name
+    assert seen == set(stored)
+
+
+# ---- links and commands ------------------------------------------------------------------------
+def texts():
+    """{page: its text}, of the notebook what is Markdown."""
+    cells = json.loads(TUTORIAL.read_text())["cells"]
+    notebook = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return {page: read(page) for page in PAGES} | {TUTORIAL.name: notebook}
+
+
+def test_every_link_and_picture_of_the_pages_is_there():
+    """Files that the pages and the notebook link to, and the headings that they jump to."""
+    seen = 0
+    for page, text in texts().items():
+        text = re.sub(r"```.*?```", "", text, flags=re.S)
+        for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+            file, _, heading = "".join(target).partition("#")
+            if file.startswith("http"):
+                continue
+            there = (HERE / page).parent / file if file else HERE / page
+            assert there.exists(), (page, target)
+            titles = re.findall(r"^#+ (.*)", there.read_text(), re.M) if heading else ()
+            assert not heading or heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                                              for title in titles}, (page, target)
+            seen += 1
+    assert seen > 30
+
+
+SCRIPT = r"(?:python|torchrun \S+) (-m lab\.\w+|(?:results/)?\w+\.py)"
+
+
+def test_every_command_in_the_readmes_parses():
+    """Those in blocks and those in a sentence, where TASK and N stand for what a reader fills in."""
+    text = "\n".join(texts().values()).replace("\\\n", " ")
+    commands = re.findall(rf"^(?:pip install -r requirements.txt && )?{SCRIPT}([^#\n]*)", text, re.M)
+    assert {script for script, _ in commands} >= {"train.py", "sft.py", "eval.py", "-m lab.pocket", "-m lab.bench"}
+    sentences = re.findall(rf"`{SCRIPT}([^`]*)`", text)
+    assert {script for script, _ in sentences + commands} <= set(PARSERS)
+    whole = [(script, rest) for script, rest in sentences if rest and "…" not in rest]     # others name the script
+    for script, rest in commands + whole:
+        words = re.sub(r"\bTASK\b", "ezpoints", re.sub(r"\bN\b", "1", rest))
+        PARSERS[script]().parse_args([word for word in shlex.split(words) if word != "--resume"])
+
+
+def test_every_flag_that_a_page_names_is_there():
+    """By itself in a sentence, such as `--micro-batch-size`; the log may name flags of its time."""
+    known = {flag for script in PARSERS.values() for action in script()._actions for flag in action.option_strings}
+    seen = set()
+    for page in set(PAGES) - {"results/LOG.md"}:
+        for words in re.findall(r"(?<!`)`(--[a-z][^`]*)`", read(page)):
+            seen |= set(re.findall(r"--[a-z][a-z-]*", words))
+    assert len(seen) > 15 and seen - known <= {"--resume"}
