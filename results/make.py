@@ -1,6 +1,6 @@
 """Draws the figures and prints the tables of the pages, from the JSON files of this folder.
 
-    python results/make.py                                      # curves.png, lambda.png; the tables
+    python results/make.py                                      # curves.png; the tables
     python results/make.py pack RUN_FOLDER COMMAND --wall-s N   # → runs/NAME.json
     python results/make.py keep NAME EVALUATION.json            # one more line of baselines.json
 
@@ -118,11 +118,6 @@ def shown(values):
     return f"{mean:.1f}{spread}{count}"
 
 
-def first(run):
-    """The first rollout that wins 90 % of its games; None if none does."""
-    return next((row["update"] for row in run["metrics"] if (row["success"] or 0) >= 0.9), None)
-
-
 def curves(chosen):
     """(env steps (U,), success in % (seeds, U)): NaN where no episode ended in a rollout."""
     steps = [row["env_steps"] for row in chosen[0]["metrics"]]
@@ -171,34 +166,17 @@ def seeds():
                      "read the picture, %", "played as the expert, %", "minutes"], rows)
 
 
-def ablations():
-    """PPO without thoughts, and without a language model: what each seed wins, and how soon."""
-    rows = []
-    for task in TASKS:
-        rows.append([task, cell(task, "start-no-cot")])
-        for variant in ("", "no-cot", "features"):
-            chosen = runs(task, variant)
-            quick = [str(first(run) or "–") for run in chosen]
-            if variant:
-                rows[-1].append(", ".join(f"{value:.1f}" for value in finals(chosen)))
-            rows[-1].append(", ".join(quick))
-    return markdown(["", "start without CoT, %", "PPO: first rollout with 90 %", "without CoT, %",
-                     "first with 90 %", "on features, %", "first with 90 %"], rows)
-
-
 def lambdas():
     """NumberLine with other λ: held-out success, and how it was learned (means over the seeds)."""
-    names = ("success, %", "first rollout with 90 %", "updates that `target_kl` cut short",
+    names = ("success, %", "updates that `target_kl` cut short",
              "answers parsed in the worst rollout, %")
     columns = []
     for weight in LAMBDAS:
         chosen = lambda_runs(weight)
-        quick = [first(run) for run in chosen]
         cuts = [sum(row["minibatches"] < 16 for row in run["metrics"]) for run in chosen]
         worst = [100 * min(row["parse_rate"] for row in run["metrics"]) for run in chosen]
         means = [f"{statistics.fmean(values):.1f}" for values in (cuts, worst)]
-        quick = f"{statistics.fmean(quick):.1f}" if all(quick) else "–"
-        columns.append([shown(finals(chosen)), quick, *means])
+        columns.append([shown(finals(chosen)), *means])
     return markdown(["numberline, λ", *LAMBDAS], zip(names, *columns))
 
 
@@ -240,26 +218,13 @@ def households():
     return markdown(["ALFWorld, %", *HOUSES], [["held-out houses", *cells]])
 
 
-def survived():
-    """What was done to run folders (lab/torture.py), how often, and how often they held."""
-    tried = read(RESULTS / "bench" / "torture.json")["tried_held"]
-    rows = [[name, *(f"{count:,}" for count in counts)] for name, counts in tried.items()]
-    return markdown(["tried", "times", "held"], rows)
-
-
 def tables():
     """All tables that pages show, but for those of LOG.md, which are history."""
-    makers = (ours, paper, seeds, ablations, lambdas, decisions, plans, households, survived)
+    makers = (ours, paper, seeds, lambdas, decisions, plans, households)
     return [make() for make in makers]
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def save(figure, name, room=0):
-    figure.tight_layout(rect=(0, room, 1, 1))
-    figure.savefig(RESULTS / name, dpi=110)
-    pyplot.close(figure)
-
-
 def draw_curves():
     """A panel a game: success while it learns, mean and range of seeds; dots: held-out games."""
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
@@ -279,19 +244,9 @@ def draw_curves():
         axes.set(title=task, xlabel="environment steps", ylim=(-2, 104))
     panels[0].set_ylabel("success, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
-    save(figure, "curves.png", 0.08)
-
-
-def draw_lambda():
-    """NumberLine while it learns, a line a λ, the mean over seeds."""
-    figure, axes = pyplot.subplots(figsize=(7, 3.4))
-    for weight in LAMBDAS:
-        steps, success = curves(lambda_runs(weight))
-        color = pyplot.cm.viridis(0.95 * float(weight))
-        axes.plot(steps, np.nanmean(success, 0), color=color, label=f"λ = {weight}")
-    axes.set(title="numberline", xlabel="environment steps", ylabel="success, %", ylim=(0, 104))
-    axes.legend(fontsize=7, loc="center right", ncols=2)
-    save(figure, "lambda.png")
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(RESULTS / "curves.png", dpi=110)
+    pyplot.close(figure)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -347,7 +302,6 @@ def main(arguments=None):
         (RESULTS / "baselines.json").write_text(written(dict(sorted(known.items()))))
     else:
         draw_curves()
-        draw_lambda()
         print(*tables(), sep="\n\n")
 
 
