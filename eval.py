@@ -189,12 +189,14 @@ def find_policy(options, given, task):
 
     given: the settings that were chosen. The policy is None where a script or an endpoint plays.
     """
+    # a rollout's rules are not for num_envs here
+    asked = {name: value for name, value in given.items() if name != "num_envs"}
     if options.policy or options.endpoint:
-        settings = resolve(Settings, {"task": task, **given})
-        return None, options.policy or options.model, settings
+        settings = resolve(Settings, {"task": task, **asked})
+        return None, options.policy or options.model, replace(settings, **given)
     if not options.run:
-        policy, settings = open_policy(options.model, task, **given)
-        return policy, settings.model, settings
+        policy, settings = open_policy(options.model, task, **asked)
+        return policy, settings.model, replace(settings, **given)
     policy, settings = open_run(options.run)
     policy.temperature = given.get("temperature", policy.temperature)
     if settings.task != task:
@@ -362,7 +364,9 @@ def play_all(options, given):
     for task in tasks:
         if task in (tasks[0], "alfworld"):      # whose pocket model is another
             policy = None                       # free the old model before the next is loaded
-            policy, name, settings = find_policy(options, given, task)
+            world = () if task == "alfworld" else WORLD
+            own = {name: given[name] for name in given if name not in world}
+            policy, name, settings = find_policy(options, own, task)
         settings = replace(settings, task=task)
         results[task] = result = play_task(options, policy, name, settings, given)
         shares = [

@@ -99,7 +99,7 @@ def scripted_player(name, task, seed):
         players["heuristic"] = lambda legal, info: next_step(info, memory=False)[1]
     if task == "blackjack" and argument.isdecimal():
         players["below"] = lambda legal, info: "hit" if info["total"] < int(argument) else "stand"
-    if kind not in players or bool(argument) != (kind in ("always", "below")):
+    if kind not in players or (":" in name) != (kind in ("always", "below")):
         raise ValueError(
             f"no policy {name!r}: use random, expert or always:ACTION, at Blackjack also below:14, "
             "on ALFWorld heuristic")

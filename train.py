@@ -40,7 +40,7 @@ from plumbing.report import Report
 from plumbing.settings import ModelSettings, Settings, read_settings, resolve
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from sft import SFTSettings, run_sft
+from sft import SFTSettings, answer_parameters, run_sft
 
 
 class Run:
@@ -55,7 +55,7 @@ class Run:
 
         # two groups, each with a learning rate of its own: V learns faster; eps is the paper's
         head = list(policy.value_head.parameters())
-        answers = [p for name, p in policy.trainable() if not name.startswith("value_head")]
+        answers = [p for _, p in answer_parameters(policy)]
         groups = [{"params": answers, "lr": settings.lr}, {"params": head, "lr": settings.value_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-7)
 
@@ -86,7 +86,8 @@ def train(run, folder, report):
         anneal(run)
 
         # play: prompts, answers, rewards
-        rollout = collect(policy, run.games, settings, run.sampling, run.fallback, report.played)
+        rollout = collect(
+            policy, run.games, settings, run.sampling, run.fallback, report.bar.update)
         # score: log π and V of the policy that answered, the old ones from now on
         score_rollout(policy, rollout, settings)
         # advantages: GAE over each game's steps
@@ -170,7 +171,7 @@ def teach_format(settings):
             "(--sft-steps), then RL; the pocket model, which needs no GPU, is --model pocket")
         write_settings(settings, folder.parent)
         given = {entry.name: getattr(settings, entry.name) for entry in fields(ModelSettings)}
-        given |= {"micro_batch_size": settings.micro_batch_size, "out": str(folder),
+        given |= {"micro_batch_size": min(16, settings.micro_batch_size), "out": str(folder),
                   "steps": settings.sft_steps}
         try:
             model = find_model(settings.model, settings.task)

@@ -6,7 +6,7 @@ No clock, and nothing of where the run is written: one that is resumed writes th
 """
 
 import shlex
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from env import TASKS
@@ -16,7 +16,7 @@ from plumbing.settings import WORLD
 # Only what is certain; of any other base the card says to look there.
 LICENCES = {**dict.fromkeys(SHIPPED, "mit"), LLAVA_7B: "apache-2.0"}
 
-PLAYED_WITH = ("temperature", "cot", *WORLD)
+PLAYED_WITH = ("bits", "temperature", "cot", "max_new_tokens", *WORLD)
 
 CARD = """\
 ---
@@ -31,7 +31,7 @@ tags:
 The model sees a picture of a game and the legal actions, and answers in JSON: its thoughts, then an
 action. {learned}, seed {seed}, rank {rank} on {parts}. Base model: `{base}`, whose licence holds.
 
-Trained by `{command}`.
+Trained by `{command}`. Sizes of batches that are for memory alone are left out of it.
 
 Evaluate, with the code that trained it: `{evaluate}`. Load with PEFT:
 `PeftModel.from_pretrained(base, FOLDER)`. The model is adapter_config.json and
@@ -40,21 +40,18 @@ this card too: edit a copy.
 """
 
 
-def write_card(part, script, settings, base_name, learned):
-    """Write the card into the folder `part`."""
+def write_card(part, script, settings, base_name, learned, playing=None):
+    """Write the card into the folder `part`. playing: the settings to evaluate with, if others."""
     on_the_hub = base_name not in SHIPPED and not Path(base_name).is_absolute()
     command = ["python", script, "--task", settings.task, "--model", settings.model]
     evaluate = ["python", "eval.py", "--task", settings.task, "--model", "FOLDER"]
-    playing = settings
-    if script == "train.py":
-        playing = replace(settings, temperature=settings.temperature_end)
     (Path(part) / "README.md").write_text(CARD.format(
         # the hub refuses any other base_model
         base_model=f"base_model: {base_name}\n" if on_the_hub else "",
         licence=LICENCES.get(base_name, "unknown"), base=base_name, task=settings.task,
         learned=learned, seed=settings.seed, rank=settings.rank,
         parts=", ".join(settings.target_modules), command=shlex.join(command + flags_of(settings)),
-        evaluate=shlex.join(evaluate + flags_of(playing, PLAYED_WITH)),
+        evaluate=shlex.join(evaluate + flags_of(playing or settings, PLAYED_WITH)),
     ), encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -189,7 +190,8 @@ def save(run, folder):
         save_optimizer(run.optimizer, part)
         if (part / "adapter_config.json").exists():
             learned = f"{run.update} of {run.settings.num_updates} updates by PPO"
-            write_card(part, "train.py", run.settings, run.files.base_name, learned)
+            now = replace(run.settings, temperature=run.settings.temperature_at(run.update))
+            write_card(part, "train.py", run.settings, run.files.base_name, learned, now)
     parallel.wait()
     # each process has its own draws and its own games
     generators = {"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()}

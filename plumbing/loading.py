@@ -65,6 +65,8 @@ def find_model(model="auto", task="blackjack", base=None) -> FoundModel:
     (the task's own), a hub name, a model folder, or a folder of adapters that sft.py or train.py
     wrote: then their base too. base: where that is, if it has moved since.
     """
+    if not model:
+        raise ModelError("--model is empty: an unset variable?")
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{torch.cuda.current_device()}"

@@ -72,6 +72,8 @@ def choose_bits(model, settings, keep_bits, keep_checkpointing):
 
     What was given is kept. model: loading.FoundModel.
     """
+    if keep_bits and keep_checkpointing:        # the first stage, of which one process comes here
+        return settings
     # every process has a GPU of its own, and all must hold the same weights
     free = parallel.concat(torch.tensor([free_bytes(model.device)])).min().item()
     size = _prompt_size_of(model, settings)
@@ -104,11 +106,9 @@ def memory_note(model, settings) -> str:
         note = f"; {stored / 2**30:.1f} GiB of weights, downloaded where they are not yet"
     free = free_bytes(model.device)
     plan = memory_plan(model.config, settings, _prompt_size_of(model, settings))
-    note += f"; training takes {peak(plan) / 2**30:.1f} GiB or more, {free / 2**30:.1f} are free"
-    if MARGIN * peak(plan) > free:
-        note += (" (tight: lower --micro-batch-size, --play-batch-size or --rank if memory runs "
-                 "out)")
-    return note
+    return note + (
+        f"; training takes {peak(plan) / 2**30:.1f} GiB or more, {free / 2**30:.1f} are free "
+        "(lower --micro-batch-size, --play-batch-size or --rank if memory runs out)")
 
 
 # ---- a plan ------------------------------------------------------------------------------------

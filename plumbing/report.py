@@ -1,7 +1,7 @@
 """What a run shows of itself: lines in its folder, a curve, the terminal.
 
     with Report(folder, settings, update=0) as report:
-        report.played(64)                               # games went a step
+        report.bar.update(64)                           # games went a step
         report.lap("rollout_s")
         report.write(update, lr, metrics, *sample)      # the run folder's lines
         report.show()                                   # curve.png and the terminal
@@ -36,9 +36,6 @@ class Report:
 
     def __exit__(self, *_):
         self.bar.close()
-
-    def played(self, steps):
-        self.bar.update(steps)
 
     def lap(self, name):
         """The seconds since the last lap were spent on this."""

@@ -86,6 +86,7 @@ def test_the_likeliest_answer_hangs_on_no_seed(shipped):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--policy", "always:fly"], "no legal action"), (["--policy", "clever"], "use random, expert or always"),
+    (["--policy", "random:"], "use random, expert or always"),
     (["--run", "nowhere"], "no checkpoint"), (["--policy", "random", "--episodes", "0"], "1 or more"),
     (["--policy", "random", "--greedy"], "draw no tokens"),
     (["--policy", "random", "--temperature", "0.1"], "draw no tokens"),
@@ -104,8 +105,8 @@ def test_evaluation_says_what_is_wrong(arguments, message):
 
 def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
     """Each game's result is what it is alone; the average is of the four card games; what has no sense is refused."""
-    arguments = ["--policy", "random", "--episodes", "4", "--num-envs", "4"]
-    evaluation.main(["--task", "all", *arguments, "--out", str(tmp_path / "all.json")])
+    arguments = ["--policy", "random", "--episodes", "4", "--num-envs", "4000"]         # more than a run's steps
+    evaluation.main(["--task", "all", *arguments, "--objects", "5", "--out", str(tmp_path / "all.json")])
     found = json.loads((tmp_path / "all.json").read_text())
     assert set(found["tasks"]) - {"alfworld"} == set(GAMES)
     assert found["average"] == pytest.approx(sum(found["tasks"][task]["success"] for task in GAMES) / 4)

@@ -93,6 +93,7 @@ def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch
     (["--task", "blackjack", "--rank", "100000000"], "--rank must be 16384 or less"),
     (["--task", "blackjack", "--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end must not be above"),
     (["--task", "blackjack", "--eval-seed", "2147483647", "--eval-episodes", "2"], "training deals begin there"),
+    (["--task", "blackjack", "--model", ""], "--model is empty"),
     (["--task", "poker"], "invalid choice")])
 def test_bad_settings_are_refused_in_words(arguments, message, capsys):
     assert message in refusal(lambda: run_settings.read_settings(Settings, "", arguments), capsys)
