@@ -57,8 +57,9 @@ HERE = Path(__file__).parent
 
 
 # ---- what all of it rests on ---------------------------------------------------------------------------------------
-PROGRAM = {".".join(file.relative_to(HERE).with_suffix("").parts): file for file in sorted(HERE.rglob("*.py"))
-           if file.relative_to(HERE).parts[0] not in ("tests", "results", "runs", "test_all.py", "conftest.py")}
+PROGRAM = {".".join(file.relative_to(HERE).with_suffix("").parts): file
+           for pattern in ("*.py", "games/**/*.py", "plumbing/*.py", "extras/*.py", "lab/*.py")
+           for file in sorted(HERE.glob(pattern)) if file.name not in ("test_all.py", "conftest.py")}
 
 
 @pytest.mark.parametrize("name", [name for name, file in PROGRAM.items()

@@ -95,7 +95,8 @@ def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch
     (["--task", "blackjack", "--eval-seed", "2147483647", "--eval-episodes", "2"], "training deals begin there"),
     (["--task", "blackjack", "--model", ""], "--model is empty"),
     (["--task", "poker"], "invalid choice")])
-def test_bad_settings_are_refused_in_words(arguments, message, capsys):
+def test_bad_settings_are_refused_in_words(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                             # where there is no run of that name
     assert message in refusal(lambda: run_settings.read_settings(Settings, "", arguments), capsys)
 
 
@@ -530,7 +531,8 @@ def test_half_of_torchruns_environment_is_told(monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--target-kl", "nan"], "--target-kl"), (["--advantage-floor", "inf"], "--advantage-floor"),
     (["--temperature", "inf"], "--temperature"), (["--seed", "1" * 23], "--seed"), (["--lr", "nan"], "--lr")])
-def test_numbers_that_are_none_are_refused(arguments, message, capsys):
+def test_numbers_that_are_none_are_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                             # where there is no run of that name
     assert message in refusal(lambda: train.main(["--task", "blackjack", *arguments]), capsys)
 
 
