@@ -103,7 +103,7 @@ class _FormulaGame(Game):
     operators = ""              # what the solver may use
     brackets = ()
     fields = ("cards", "formula")
-    count = 0                   # cards dealt
+    count = 0                   # cards dealt, with replacement: two may be the same
     # a win of 10 counts as 1 in GAE, as in the other games (rollout.add_advantages)
     preferred_settings = {"reward_scale": 0.1}
 
@@ -115,6 +115,7 @@ class _FormulaGame(Game):
         # subtle: all numbers are legal at all times. The model has to see which cards it has: a
         # number that is on none of them costs 1.
         self.actions = (*numbers, *self.operators, *self.brackets, "=")
+        # told in the prompt, for the picture cannot say it
         faces = "J, Q and K count as 11, 12 and 13."
         if face_cards_as_10:
             faces = "J, Q and K count as 10."
@@ -161,12 +162,13 @@ class _FormulaGame(Game):
 
     def solution(self):
         """The simplest formula for the dealt cards, as a tuple of tokens; () if there is none."""
+        # sorted: the solver keeps what it has found, and order makes no difference
         numbers = tuple(sorted(map(self._number, self.cards)))
         found = solutions(numbers, self.target, self.operators)
         return found[0] if found else ()
 
     def _play(self, action):
-        numbers = self._numbers()
+        numbers = self._numbers()       # as texts, like the actions
         if action == "=":               # the only end but time, right or wrong
             return (10 if is_right(self.formula, numbers, self.target) else -1), True
         if action.isdecimal() and self._used().count(action) >= numbers.count(action):
@@ -204,6 +206,7 @@ class EZPoints(_FormulaGame):
 class Points24(_FormulaGame):
     """Four cards, 73.09 % of the deals solvable; + - * / ( ) are to make 24 within 20 steps."""
 
+    # the longest solution without needless brackets has 11 symbols and "="
     operators, brackets, count, max_steps = "+-*/", ("(", ")"), 4, 20
 
     def __init__(self, target=24, face_cards_as_10=True, solvable_only=False, render_mode=None):
@@ -246,7 +249,7 @@ class Blackjack(Game):
     def _play(self, action):
         if action == "hit":
             self.player.append(self._card())
-            bust = self.total(self.player)[0] > 21
+            bust = self.total(self.player)[0] > 21      # the end, whatever the dealer holds
             return (-1 if bust else 0), bust
         # "stand": the dealer's turn, whose rule leaves no choice
         while self.total(self.dealer)[0] < 17:

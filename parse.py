@@ -41,6 +41,7 @@ def make_answer(action: str, thoughts: str | None = None) -> str:
     >>> make_answer("hit", "I choose hit.")
     '{"thoughts": "I choose hit.", "action": "hit"}'
     """
+    # in one line and in this order, so that every demonstration looks alike
     head = "" if thoughts is None else f'"thoughts": "{thoughts}", '
     return f'{{{head}"action": "{action}"}}'
 
@@ -59,6 +60,7 @@ def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     >>> parse('I would rather stand', ("stand", "hit"))
     (None, 20)
     """
+    # models write "Hit" and " hit " as well
     legal = {action.strip().lower(): action for action in actions}
     # from the last match backwards, and the first of these that is legal
     for match in reversed(list(ACTION.finditer(text))):
@@ -96,7 +98,7 @@ def json_closed(text: str) -> bool:
     depth, quoted, escaped = 0, False, False
     for character in text:
         if quoted:
-            # a quote ends the string, unless a backslash stands before it
+            # a quote ends the string, unless it is escaped; an escaped backslash escapes nothing
             quoted = escaped or character != '"'
             escaped = character == "\\" and not escaped
         elif character == '"' and depth:        # before the object quotes mean nothing

@@ -50,7 +50,8 @@ class Run:
     """
 
     def __init__(self, settings, policy, files):
-        self.settings, self.policy, self.files, self.update = settings, policy, files, 0
+        self.settings, self.policy, self.files = settings, policy, files
+        self.update = 0             # updates behind us
         self.checkpoint = None      # the folder that holds it as of the last save or load
 
         # two groups, each with a learning rate of its own: V learns faster; eps is the paper's
@@ -66,12 +67,13 @@ class Run:
         tokens, actions = own.generate_state(2).tolist()
         everyones = np.random.SeedSequence(settings.seed)
         order, *deals = everyones.generate_state(1 + settings.num_envs).tolist()
-        self.sampling = torch.Generator(policy.device).manual_seed(tokens)
-        self.fallback = np.random.default_rng(actions)
-        self.shuffling = torch.Generator().manual_seed(order + rank)
+        self.sampling = torch.Generator(policy.device).manual_seed(tokens)  # tokens of answers
+        self.fallback = np.random.default_rng(actions)          # actions where none was named
+        self.shuffling = torch.Generator().manual_seed(order + rank)        # order of samples
         self.games = [make_game(settings.task, **settings.world) for _ in range(share)]
         for game, seed in zip(self.games, deals[rank * share:]):
-            game.reset(seed=seed + 2**31)       # above every held-out seed
+            # the first deal, above every held-out seed; later ones go on from its generator
+            game.reset(seed=seed + 2**31)
         self.imitation_buffer = WonGames(share) if settings.imitation else None
 
 
@@ -122,6 +124,7 @@ def anneal(run):
     run.policy.temperature = settings.temperature_at(run.update)
     done = min(1.0, run.update / settings.num_updates)      # 1 at most: no rise after the end
     for group, start in zip(run.optimizer.param_groups, (settings.lr, settings.value_lr)):
+        # from 1 to 0
         fall = 0.5 * (1 + math.cos(math.pi * done))
         group["lr"] = settings.lr_end + (start - settings.lr_end) * fall
 
@@ -136,6 +139,7 @@ def imitate_own_wins(run, rollout):
 # ---- a whole run -------------------------------------------------------------------------------
 def run_whole(run, folder, checkpoint=None, board=None):
     """A run from its beginning, or on from a checkpoint folder, to its last held-out games."""
+    # all that the run depends on, to the last bit
     if checkpoint:
         load(run, checkpoint)
     if parallel.rank() == 0:
@@ -146,6 +150,7 @@ def run_whole(run, folder, checkpoint=None, board=None):
     # where RL starts is measured on the very deals of the end
     if run.update == 0:
         held_out(run.policy, run.settings, 0, folder / "eval_start.json", board)
+    # a kill in the first update then costs nothing but that
     if checkpoint is None:
         save(run, folder)
     with Report(folder, run.settings, run.update, board) as report:
