@@ -14,10 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Key and value of an action, and the key alone. Models put spaces everywhere, so these may too;
-# ASCII, or "ſ" would count as an "s".
-ACTION = re.compile(r'"\s*action\s*"\s*:\s*"([^"]*)"', re.IGNORECASE | re.ASCII)
-ACTION_KEY = re.compile(r'"\s*action\s*"\s*:', re.IGNORECASE | re.ASCII)
+# The key of an action, and the key with its value, which may be a bare number too. Models put
+# spaces everywhere, so these may as well; ASCII, or "ſ" would count as an "s".
+KEY = r'"\s*action\s*"\s*:'
+ACTION_KEY = re.compile(KEY, re.IGNORECASE | re.ASCII)
+# (?=…): matches may overlap, as in "action": "action": "hit"
+ACTION = re.compile(
+    rf'(?={KEY}\s*(?:"([^"]*)"|(\d+)(?![\w.])))', re.IGNORECASE | re.ASCII)
 
 
 def make_prompt(game, info: dict, cot=True) -> str:
@@ -51,9 +54,9 @@ def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     begins.
 
     text: any string whatever; actions: the legal actions' texts. The last `"action": "a"` with a
-    legal a counts, a quoted whole ("10" never matches "1"), ASCII, its case and surrounding white
-    space aside. start is the index in text of that match; where no legal action is named, of the
-    last `"action":` key, or len(text) if there is none.
+    legal a counts, a quoted whole ("10" never matches "1") or a bare number, ASCII, its case and
+    surrounding white space aside. start is the index in text of that match; where no legal action
+    is named, of the last `"action":` key, or len(text) if there is none.
 
     >>> parse('{"thoughts": "low", "action": "Hit"}', ("stand", "hit"))
     ('hit', 20)
@@ -64,9 +67,10 @@ def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     legal = {action.strip().lower(): action for action in actions}
     # from the last match backwards, and the first of these that is legal
     for match in reversed(list(ACTION.finditer(text))):
-        named = match[1].strip().lower()
+        value = match[1] if match[2] is None else match[2]
+        named = value.strip().lower()
         # subtle: Python lowers some letters of other scripts to ASCII ones, as the Kelvin sign to k
-        if match[1].isascii() and named in legal:
+        if value.isascii() and named in legal:
             return legal[named], match.start()
     # none: the action part is where the answer tried to name one, for λ's sake
     return None, max((match.start() for match in ACTION_KEY.finditer(text)), default=len(text))

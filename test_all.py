@@ -317,6 +317,8 @@ ANSWERS = [
     ('{"thoughts": "I write "action": "hit" here", "action": "stand"}', ("stand", "hit"), "stand"),
     ('{"action": "ſtand"}', ("stand", "hit"), None), ('{"action": "ﬆand"}', ("stand", "hit"), None),
     ('{"actıon": "stand"}', ("stand", "hit"), None), ('{"action": "des\u212a"}', ("desk",), None),
+    ('{"action": 10}', ("1", "10"), "10"), ('{"action": 10.5}', ("10", "5"), None), ('{"action": 1e3}', ("1",), None),
+    ('{"action": "action": "hit"}', ("stand", "hit"), "hit"),                   # matches overlap
     ('{"action": hit}', ("stand", "hit"), None),
     ('{"action": "hit', ("stand", "hit"), None),
     ('{\\"action\\": \\"hit\\"}', ("stand", "hit"), None),                      # quoted inside a string

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 
+DEEPEST = 100           # brackets; a game has 20 symbols, a model's plan may have thousands
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
@@ -31,6 +32,8 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
     True
     """
     tokens = list(tokens)
+    if tokens.count("(") > DEEPEST:
+        return None
     position = 0
 
     def peek():

@@ -78,6 +78,8 @@ class Game(gymnasium.Env):
         if getattr(self, "over", True):
             raise RuntimeError("there is no episode to step in: call reset() first")
         legal = self.legal_actions()
+        if isinstance(action, np.ndarray) and action.ndim == 0:     # which action_space contains
+            action = action[()]
         # subtle: True is an int too
         is_index = isinstance(action, int | np.integer) and not isinstance(action, bool)
         if not is_index or not 0 <= action < len(legal):

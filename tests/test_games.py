@@ -38,7 +38,13 @@ def test_games_refuse_what_makes_no_sense():
     for action in (True, "hit", 0.0, None, -1):
         with pytest.raises(ValueError, match="not an index"):
             game.step(action)
+    for action in (np.array(1.0), np.array(True), np.array([1]), np.array(2)):
+        with pytest.raises(ValueError, match="not an index"):
+            game.step(action)
     game.step(np.int64(1))
+    game.reset(seed=0)
+    assert game.action_space.contains(np.array(0))
+    game.step(np.array(0))                                              # as Gymnasium's own spaces and wrappers have it
 
 
 @pytest.mark.parametrize("task, changes", [
@@ -240,3 +246,11 @@ def test_gymnasium_records_a_video(tmp_path):
             pass
         film.close()
         assert (tmp_path / f"{game.__name__}-episode-0.mp4").stat().st_size > 1000
+
+
+def test_a_plan_of_any_depth_is_read():
+    """A model may write thousands of brackets: no formula, and no RecursionError."""
+    deep = ["("] * 3000 + ["1"] + [")"] * 3000
+    assert evaluate(deep) is None and evaluate(["("] * 20 + ["7"] + [")"] * 20) == 7
+    info = {"numbers": [2, 10], "formula": [], "target": 12}
+    assert not expert.plan_right(expert.planned(f"then '{''.join(deep)}='"), info)
