@@ -2,7 +2,7 @@
 
     family = Family(model, processor)
     prompts   = family.encode(pictures, texts)          # [({image tensors}, token ids)]
-    features  = family.image_features([images, …])      # [(I, levels, D)], by tower and projector
+    features  = family.image_features([images, …], [I, …])      # [(I, levels, D)]
     more      = family.image_inputs(ids, features)      # what the model's forward takes of them
     positions = family.positions(images, ids, mask)     # (B, length), or (3, B, length): the Qwens
 
@@ -191,10 +191,11 @@ class Family:
         pixels = base_view(pictures, self.processor, vision.image_size)
         return [({"pixel_values": one[None]}, list(row)) for one, row in zip(pixels, ids)]
 
-    def image_features(self, images):
-        """[(I, levels, D)] of prompts' image tensors.
+    def image_features(self, images, counts):
+        """[(I, levels, D)] of prompts' image tensors, by vision tower and projector.
 
-        There is one level but for Qwen3-VL, whose deeper layers see the picture as well.
+        counts: I of each prompt. There is one level but for Qwen3-VL, whose deeper layers see the
+        picture as well.
         """
         if self.facts.square:
             pixels = torch.cat([one["pixel_values"] for one in images])
@@ -208,8 +209,7 @@ class Family:
         flat = [
             torch.cat([part.reshape(-1, part.shape[-1]) for part in level]) for level in levels]
         flat = torch.stack(flat, 1)                         # (all images' tokens, levels, D)
-        # a game's pictures are of one size, so they have as many tokens each
-        return list(flat.split(len(flat) // len(images)))
+        return list(flat.split(counts))
 
     def image_inputs(self, ids, features):
         """What the forward pass takes of features [(I, levels, D)], given the ids (B, length)."""

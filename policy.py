@@ -78,6 +78,8 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(A.to(base.weight.device))    # the CPU's draw, on any device
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
+    weight = property(lambda self: self.base.weight)        # some models ask a layer for its type
+
     def forward(self, x):
         # scaled on the narrow side (…, r), where it costs least
         down = self.scale * F.linear(x, self.lora_A.to(x.dtype))
@@ -154,9 +156,9 @@ class Prompt:
 class Policy(nn.Module):
     """See the file's header.
 
-    target_modules: the parts (of families.PARTS) that get adapters of rank r and α = 2 r while all
-    else is frozen; () is no adapters, all weights learn. temperature divides the logits in sampling
-    and in scoring alike. gradient_checkpointing: 0 for none, n for every n-th layer.
+    target_modules: the parts (of families.PARTS) that get adapters, of rank r and α = 2 r; all else
+    is frozen. () is no adapters, all weights learn. temperature: of sampling and scoring alike.
+    gradient_checkpointing: 0 for none, n for every n-th layer.
     """
 
     def __init__(
@@ -250,12 +252,14 @@ class Policy(nn.Module):
     # -- through: the model's body
     def image_features(self, prompts):
         """[(I, levels, D)] of the pictures; computed once where tower and projector are frozen."""
-        if not self.vision_frozen:
-            return self.family.image_features([prompt.images for prompt in prompts])
-        if new := [prompt for prompt in prompts if prompt.features is None]:
-            found = self.family.image_features([prompt.images for prompt in new])
-            for prompt, features in zip(new, found):
-                prompt.features = features.cpu()        # a rollout's are too many for a GPU
+        kept = self.vision_frozen
+        new = [p for p in prompts if not kept or p.features is None]
+        counts = [prompt.ids.count(self.family.image_token) for prompt in new]
+        found = self.family.image_features([p.images for p in new], counts) if new else []
+        if not kept:
+            return found
+        for prompt, features in zip(new, found):
+            prompt.features = features.cpu()        # a rollout's are too many for a GPU
         return [prompt.features.to(self.device) for prompt in prompts]
 
     def _body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
@@ -283,9 +287,8 @@ class Policy(nn.Module):
         """
         B = len(prompts)
         if shape:       # missing rows are copies of the first, dropped below
-            missing = shape[0] - B
-            prompts = [*prompts, *prompts[:1] * missing]
-            responses = [*responses, *responses[:1] * missing]
+            prompts = [*prompts, *prompts[:1] * (shape[0] - B)]
+            responses = [*responses, *responses[:1] * (shape[0] - B)]
         ids, mask, positions, P, T = self._collate(prompts, responses, shape)
         self._set_mode(train=self.gradient_checkpointing and torch.is_grad_enabled())
         features = self.image_features(prompts)                         # B × (I, levels, D)
@@ -317,10 +320,9 @@ class Policy(nn.Module):
         stopping_criterion: Callable[[str], bool] = None, greedy=False) -> list[list[int]]:
         """Sample an answer for each prompt; return the sampled ids, EOS included if it was drawn.
 
-        generator: on the policy's device. stopping_criterion: a function of the text so far that
-        ends an answer, asked after each token that has a "}" in it (parse.json_closed).
-        greedy=True: the likeliest token, not a draw. Raises FloatingPointError where the model's
-        log-probabilities are not finite.
+        generator: on the policy's device. stopping_criterion: of the text so far, ends an answer;
+        asked after each token with a "}" (parse.json_closed). greedy: the likeliest token, no draw.
+        FloatingPointError where the model's log-probabilities are not finite.
         """
         ids, mask, positions, _, _ = self._collate(prompts)                     # (B, P)
         self._set_mode(train=False)
@@ -384,10 +386,8 @@ class Policy(nn.Module):
     def action_start(self, response: list[int], start: int) -> int:
         """The index of the first token that reaches beyond character `start` of the decoded text.
 
-        Found by halving on decoded prefixes, so it holds for any tokenizer: ids of `"action"`
-        differ by tokenizer and by the character before it. subtle: a token that straddles the
-        boundary belongs to the action.
-
+        Found by halving on decoded prefixes: the ids of `"action"` differ by tokenizer and by the
+        character before it. subtle: a token that straddles the boundary belongs to the action.
         For tokens `{"`, `a`, `": "` and start 3 it is 2: the first two tokens end at character 3.
         """
         low, high = 0, len(response)

@@ -113,6 +113,13 @@ def _config(name):
         raise ModelError(
             f"{name!r} is a {config.model_type}: no model that this program can give pictures to. "
             f"It knows {', '.join(FAMILIES)}; such as {LLAVA_7B}.")
+    vision = config.vision_config
+    one_layer = isinstance(getattr(config, "vision_feature_layer", -1), int)
+    if FAMILIES[config.model_type].square and not (
+            one_layer and vision.model_type in ("clip_vision_model", "siglip_vision_model")):
+        raise ModelError(
+            f"{name!r} calls itself a {config.model_type}, but its {vision.model_type} does not "
+            "make a LLaVA's picture tokens (Pixtral and Granite Vision are such): not supported")
     if getattr(config.get_text_config(), "final_logit_softcapping", None):
         raise ModelError(
             f"{name!r} bends its logits (final_logit_softcapping), which policy.py's head does not")

@@ -231,6 +231,13 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="final_logit_softcapping"):
         find_model(str(tmp_path))
+    config.text_config.final_logit_softcapping = None
+    for changes in ({"vision_config": {"model_type": "pixtral"}}, {"vision_feature_layer": [-2, -1]}):
+        config.save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))     # as Pixtral's, as Granite Vision's
+        with pytest.raises(ModelError, match="does not make a LLaVA's picture tokens"):
+            find_model(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text("{")         # a download that was cut off
     with pytest.raises(ModelError, match="index.json"):
         memory.stored_bytes(tmp_path)
@@ -430,6 +437,18 @@ def test_a_family_in_four_bits(tiny_families, kind):
     moved = {families.part_of_path(path) for path, layer in agent.lora.items()
              if layer.lora_B.grad is not None and layer.lora_B.grad.abs().sum() > 0}
     assert moved == {families.part_of_path(path) for path in agent.lora}
+
+
+def test_pictures_of_other_sizes_keep_their_own_tokens(tiny_families):
+    """Where features are kept: each prompt's are its own picture's, whatever else is in the batch."""
+    frozen = family_agent(tiny_families["qwen2_vl"], target_modules=("language",))
+    pictures = [np.zeros((height, width, 3), np.uint8) for height, width in ((100, 100), (60, 300))]
+    alone = [frozen.encode([picture], ["Hello"]) for picture in pictures]
+    together = frozen.encode(pictures, ["Hello"] * 2)
+    assert len({len(prompt.ids) for prompt in together}) == 2
+    for [one], features in zip(alone, frozen.image_features(together)):
+        assert len(features) == one.ids.count(frozen.family.image_token)
+        torch.testing.assert_close(features, frozen.image_features([one])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_end_is_a_set(tiny_families):
