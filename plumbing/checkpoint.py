@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,8 +137,9 @@ def check_run_folder(folder, resume):
         raise ModelError(
             f"{folder} holds a run's metrics but no checkpoint (a copy of its results?): there is "
             "nothing to go on from, and starting anew would overwrite them; choose another --out")
-    for left in (*folder.glob("checkpoint-*.part"), *folder.glob("checkpoint-*.gone")):
-        shutil.rmtree(left)
+    for ending in (".part", ".gone"):       # of ours alone: checkpoint-notes.part is somebody's
+        for left in folder.glob("checkpoint-" + 6 * "[0-9]" + ending):
+            shutil.rmtree(left)
 
 
 def checkpoints(folder):
@@ -182,6 +184,10 @@ def load_optimizer(optimizer, folder):
 def save(run, folder):
     """Write a checkpoint folder that appears whole or not at all, then drop this run's one
     before."""
+    if not all(weight.isfinite().all() for _, weight in run.policy.trainable()):
+        raise FloatingPointError(
+            "the weights are not finite after this update: nothing was saved, the last checkpoint "
+            "is intact; start a new run (--out) with a smaller --lr or --bits 32")
     whole = Path(folder) / f"checkpoint-{run.update:06d}"
     part = part_of(whole)
     if parallel.rank() == 0:
@@ -259,6 +265,9 @@ def _settings_of(checkpoint):
 def held_back_interrupt():
     """Ctrl-C waits: yields a function that tells whether one came. A second one stops at once."""
     came = []
+    if threading.current_thread() is not threading.main_thread():       # Python's rule for signals
+        yield lambda: False
+        return
 
     def note(number, frame):
         if came:

@@ -95,9 +95,10 @@ def in_words(advice: Callable[[], str] = lambda: ""):
 
     advice: how to go on, asked for when it is needed.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        # a terminal without "→" gets \\u2192, not a traceback
-        stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal without "→" gets \\u2192, not a traceback; a notebook's stream has them all
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     program = Path(sys.argv[0]).name
 
     def and_then():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,34 @@ def test_a_half_written_checkpoint_is_never_taken(shipped, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(run, tmp_path)
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-000000"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(shipped, tmp_path):
+    """A gradient may be finite and the step it gives not: the last checkpoint stays as it was."""
+    run = make_run(shipped, "numberline")
+    checkpoint.save(run, tmp_path)
+    before = tree(tmp_path)
+    run.update = 1
+    run.policy.trainable()[-1][1].data.view(-1)[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="nothing was saved, the last checkpoint"):
+        checkpoint.save(run, tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_a_notebook_and_a_thread_may_call_the_programs(monkeypatch, capsys):
+    """Their streams cannot be reconfigured, and Python lets only the main thread take a signal."""
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
+    done = []
+    with errors.in_words():
+        print("→")
+
+    def stop():
+        with checkpoint.held_back_interrupt() as interrupted:
+            done.append(interrupted())
+
+    (thread := threading.Thread(target=stop)).start()
+    thread.join()
+    assert stream.getvalue() == "→\n" and done == [False]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -437,14 +466,15 @@ def test_settings_that_are_damaged_are_told_by_eval_in_a_sentence(stopped_run, t
 def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(stopped_run[0], tmp_path / "run")
     count, now = torch.get_num_threads(), manifest.versions()
-    for left in ("checkpoint-000001.gone", "checkpoint-000003.part"):
+    for left in ("checkpoint-000001.gone", "checkpoint-000003.part", "checkpoint-notes.part"):
         (tmp_path / "run" / left).mkdir()
     monkeypatch.setattr(manifest, "versions", lambda: now | {"threads": count + 1, "torch": "9.0"})
     train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
     said = capsys.readouterr().err
     assert f"threads {count} → {count + 1}" in said and "→ 9.0" in said and "code" not in said
     assert len(run_metrics(tmp_path / "run")) == 4
-    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-000004"]
+    kept = {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-000004", "checkpoint-notes.part"}           # the notes are somebody's
 
 
 def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path):
