@@ -244,7 +244,8 @@ class EndpointPlayer:
             self.bar.set_postfix(failed=self.failed.total())
             first = min(self.concurrency, self.missing)
             patience = max(GIVE_UP, 2 * self.concurrency) if self.kept else first
-            if kind in UNUSABLE or self.failed_in_a_row >= patience:
+            # once answers were given, a 403 is of one state (moderation), not of the whole endpoint
+            if kind in UNUSABLE and not self.kept or self.failed_in_a_row >= patience:
                 self.over = ModelError(
                     f"{self.model!r} at {self.url} does not answer ({kind}: {str(said)[:300]}): "
                     "check --endpoint (most end in /v1), --model and $OPENAI_API_KEY")

@@ -192,10 +192,17 @@ def test_games_that_are_over_leave_nothing_behind(alfworld, tmp_path, monkeypatc
     assert not any(one() for one in alive) and len(spare) == 3
     monkeypatch.setattr(alfworld.tempfile, "tempdir", str(tmp_path))
     left = tmp_path / f"alfworld-engines-{os.getuid()}" / "999999999"
-    left.mkdir(parents=True)
+    theirs = left.with_name("999999998")
+    for folder in (left, theirs):
+        folder.mkdir(parents=True)
+    (left / alfworld.MARK).touch()
     spare.clear()
     env.make_game("alfworld")
-    assert not left.exists() and not list(left.parent.iterdir()) and alfworld.tempfile.tempdir == str(tmp_path)
+    assert list(left.parent.iterdir()) == [theirs] and alfworld.tempfile.tempdir == str(tmp_path)
+    shutil.move(left.parent, tmp_path / "elsewhere")
+    left.parent.symlink_to(tmp_path / "elsewhere")          # who made the link could have us delete what is not ours
+    with pytest.raises(PermissionError, match="set TMPDIR"), alfworld._own_temporary_folder():
+        pass
 
 
 def test_receptacles_that_share_a_place(alfworld, monkeypatch):

@@ -212,6 +212,10 @@ def test_an_endpoint_that_cannot_be_used_ends_with_a_sentence(endpoint_player, t
     with pytest.raises(ModelError, match="no connection: .*refused"):
         with endpoint_player(stub) as player:
             player(*states)
+    # one state's 403 (moderation) among answers: it is asked again, the rest goes on
+    with Stub(lambda number, _: (403, "{}") if number == 5 else GOOD) as stub:
+        with endpoint_player(stub, concurrency=1) as player:
+            assert len(player(*states)) == 30 and player.counts()["failed_calls"] == 1
     for url in ("localhost:8000", "http://me:secret@localhost/v1", "http://:secret@localhost/v1",
                 "http://localhost:abc/v1", "http://localhost:99999/v1", "http://[1"):
         with pytest.raises(ModelError, match="endpoint") as error:

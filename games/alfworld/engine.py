@@ -50,6 +50,7 @@ fast_downward.pddl2sas = functools.lru_cache(maxsize=2)(fast_downward.pddl2sas)
 textgen.copy_context = lambda context: (
     context | {key: dict(context[key]) for key in ("variables", "mapping")})
 
+MARK = ".alfworld-engine"           # in the folders that are ours to delete
 _PARSERS = (textgen._PARSER, pddl_logic._PARSER, logic._PARSER)
 
 
@@ -128,12 +129,14 @@ def _own_temporary_folder():
     own = here / str(os.getpid())
     before = tempfile.tempdir
     here.mkdir(mode=0o700, exist_ok=True)
-    if here.stat().st_uid != os.getuid():
+    # a link made beforehand would lead what is deleted below astray
+    if here.is_symlink() or here.stat().st_uid != os.getuid():
         raise PermissionError(f"{here} is another user's: set TMPDIR to a folder of your own")
     own.mkdir(exist_ok=True)
+    (own / MARK).touch()
     # the folders of processes that are no more; only Linux tells which
     for left in here.iterdir() if Path("/proc/self").exists() else ():
-        if left.name.isdecimal() and not Path(f"/proc/{left.name}").exists():
+        if (left / MARK).exists() and not Path(f"/proc/{left.name}").exists():
             shutil.rmtree(left, ignore_errors=True)
     tempfile.tempdir = str(own)
     try:
