@@ -31,10 +31,11 @@ from games.alfworld.houses import HouseError, data_files
 from games.statistics import Decision, decision_statistics, rate, wilson
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.checkpoint import write_whole
-from plumbing.errors import ModelError, as_model_error, in_words, say
+from plumbing.errors import ModelError, as_model_error, in_words, printable, say
 from plumbing.settings import WORLD, Settings, add_flags, resolve
 
 BASELINES = Path(__file__).parent / "results" / "baselines.json"
+HANDFUL = 8         # answers, none of them usable: rather a broken set-up than a weak model
 
 
 # ---- playing -----------------------------------------------------------------------------------
@@ -97,6 +98,8 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
             if slot.episode is not None:
                 slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
         slots = [slot for slot in slots if slot.episode is not None]
+        if len(decisions) - len(choices) < HANDFUL <= len(decisions) and chance_plays(decisions):
+            say_chance_plays(decisions)
     low, high = wilson(success.sum(), episodes)
     result = {
         "task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
@@ -107,7 +110,21 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
         result["success_by_kind"] = {
             kind: rate(won for won, own in zip(success, kinds) if own == kind)
             for kind in sorted(set(kinds))}
+    if chance_plays(decisions):     # its games look like a weak model's
+        result["played_by"] = "chance: no answer was usable"
     return result | decision_statistics(task, decisions, cot)
+
+
+def chance_plays(decisions):
+    """Whether no answer so far named a legal action."""
+    return not any(decision.choice.named for decision in decisions)
+
+
+def say_chance_plays(decisions):
+    """Say what may be wrong where the fallback alone has played; asked for once."""
+    say(f"note: none of the first {len(decisions)} answers names a legal action, so chance plays. "
+        "Try a larger --max-new-tokens (reasoning models want thousands), or sft.py first. "
+        f"The last answer ends: '{printable(decisions[-1].choice.text or '')[-300:]}'")
 
 
 def held_out(policy, settings, update, path, board=None):
@@ -226,16 +243,14 @@ def check_options(options, given):
     counts = {"episodes": options.episodes, "concurrency": options.concurrency}
     counts |= {name: given[name] for name in numbers if name in given}
     idle = {"temperature", "max_new_tokens", "play_batch_size"} & set(given)
-    wrong = [
-        (value == "", f"--{name} is empty: an unset variable?")
-        for name, value in vars(options).items()]
+    wrong = [(value == "", f"--{name} is empty: an unset variable?")
+             for name, value in vars(options).items()]
     wrong += [
         (not 1 <= value < 2**31, f"--{name.replace('_', '-')} must be 1 or more, and below 2³¹")
         for name, value in counts.items()]
     wrong += [
         (not 0 <= options.seed <= 2**31 - options.episodes,
-         "--seed must be 0 or more, and --seed + --episodes at most 2³¹: training deals begin "
-         "there"),
+         "--seed must be 0 or more, --seed + --episodes at most 2³¹: training deals begin there"),
         (not options.model and {"cot", "bits"} & set(given),
          "--cot and --bits are for --model: a run has its own, a policy none"),
         (policy and (idle or options.greedy),

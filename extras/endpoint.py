@@ -31,7 +31,7 @@ from tqdm import tqdm
 from extras.viewer import data_url
 from parse import choose, make_prompt
 from plumbing.checkpoint import append_line, locked, write_whole
-from plumbing.errors import UNREADABLE, ModelError, as_model_error
+from plumbing.errors import UNREADABLE, ModelError, as_model_error, printable
 from rollout import Choice
 
 UNUSABLE = ("401", "402", "403", "404")     # no key, no money, no access, no such model
@@ -62,8 +62,8 @@ def read_answer(body) -> Answer:
     """
     choices = _part(body, "choices", list) or [None]
     message = _part(choices[0], "message", dict)
-    if message is None:
-        raise ValueError("no choices")
+    if message is None:         # servers put errors here as well: their words tell which
+        raise ValueError(f"it said {str(body)[:300]}")
     text, odd = _part(message, "content", str), None
     if pieces := _part(message, "content", list):
         text, odd = "".join(_part(piece, "text", str) or "" for piece in pieces), "content list"
@@ -247,7 +247,8 @@ class EndpointPlayer:
             # once answers were given, a 403 is of one state (moderation), not of the whole endpoint
             if kind in UNUSABLE and not self.kept or self.failed_in_a_row >= patience:
                 self.over = ModelError(
-                    f"{self.model!r} at {self.url} does not answer ({kind}: {str(said)[:300]}): "
+                    f"{self.model!r} at {self.url} does not answer ({kind}: "
+                    f"{printable(str(said)[:300])}): "
                     "check --endpoint (most end in /v1), --model and $OPENAI_API_KEY")
                 raise self.over
 
@@ -286,7 +287,7 @@ class EndpointPlayer:
         models = {answer.model for answer in self.used if answer.model}
         odd = Counter(answer.odd for answer in self.used if answer.odd)
         return {
-            "endpoint": self.url, "answered_by": ", ".join(sorted(models)),
+            "endpoint": self.url, "answered_by": printable(", ".join(sorted(models))),
             "temperature": ("the endpoint's default" if self.temperature is None
                             else self.temperature),
             "calls": self.count["calls"], "calls_from_disk": self.count["calls_from_disk"],

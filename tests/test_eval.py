@@ -40,6 +40,20 @@ def test_held_out_games_are_asked_as_the_run_was(shipped, tmp_path, monkeypatch,
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reading_rate"] is None
 
 
+@pytest.mark.parametrize("text, shown", [("", "''"), (None, "''"), ("<think>well\x1b[2J", "'<think>well\\x1b[2J'")])
+def test_a_model_that_says_nothing_gets_no_score_of_its_own(text, shown, capsys):
+    """The fallback plays, as a reasoning model's empty answers have it: it is said once, and in the result."""
+    def silent(games, pictures, infos, named=()):
+        return [playing.Choice(game.legal_actions()[0], 0, number in named, text) for number, game in enumerate(games)]
+
+    result = evaluation.evaluate(silent, "blackjack", 100, 0, num_envs=5)
+    said = capsys.readouterr().out
+    assert not result["parse_rate"] and result["played_by"].startswith("chance")
+    assert said.count("none of the first 10 answers") == 1 and "--max-new-tokens" in said and shown in said
+    result = evaluation.evaluate(lambda *asked: silent(*asked, named=(0,)), "blackjack", 100, 0, num_envs=5)
+    assert "played_by" not in result and not capsys.readouterr().out
+
+
 def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
     evaluation.main(["--task", "blackjack", "--policy", "always:stand", "--episodes", "4000"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -47,6 +61,7 @@ def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
             "parse_rate", "expert_agreement", "reading_rate", "hit_rate_by_total"} <= set(result)
     assert result["success"] == pytest.approx(0.3807, abs=0.025) and set(result["hit_rate_by_total"].values()) == {0.0}
     assert result["success_low"] < 0.3807 < result["success_high"]
+    assert "played_by" not in result                        # a script names its actions without a word
     random_play = evaluation.evaluate(players.scripted_player("random", "blackjack", 0), "blackjack", 4000, 10_000)
     assert random_play["success"] == pytest.approx(0.2806, abs=0.025)
     assert random_play["return_mean"] == pytest.approx(-0.396, abs=0.05)

@@ -212,6 +212,10 @@ def test_an_endpoint_that_cannot_be_used_ends_with_a_sentence(endpoint_player, t
     with pytest.raises(ModelError, match="no connection: .*refused"):
         with endpoint_player(stub) as player:
             player(*states)
+    inside = {"error": {"code": 429, "message": "slow\x1b[2J down"}}           # as some servers say it under HTTP 200
+    with Stub(lambda *_: inside) as stub, pytest.raises(ModelError, match=r"no choices: it said .*'slow\\x1b\[2J down'"):
+        with endpoint_player(stub) as player:
+            player(*states)
     # one state's 403 (moderation) among answers: it is asked again, the rest goes on
     with Stub(lambda number, _: (403, "{}") if number == 5 else GOOD) as stub:
         with endpoint_player(stub, concurrency=1) as player:
