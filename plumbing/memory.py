@@ -104,6 +104,9 @@ def memory_note(model, settings) -> str:
     stored = 0 if Path(model.folder).is_dir() else stored_bytes(model.folder)
     if stored:              # 0 too where the hub has no index
         note = f"; {stored / 2**30:.1f} GiB of weights, downloaded where they are not yet"
+    # torch.cuda.is_bf16_supported() says True of these too
+    if int(settings.bits) < 32 and torch.cuda.get_device_capability(model.device) < (8, 0):
+        note += "; this GPU (older than Ampere) only emulates bfloat16, which is slow"
     free = free_bytes(model.device)
     plan = memory_plan(model.config, settings, _prompt_size_of(model, settings))
     return note + (

@@ -265,9 +265,10 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
     config.dtype = torch.bfloat16
     index = tmp_path / "index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 15_000_000_000}}))
-    free = [0]
+    free, capability = [0], (8, 6)
     for name, replacement in {"is_available": lambda: True, "current_device": lambda: 0,
                               "get_device_properties": lambda _: SimpleNamespace(total_memory=free[0]),
+                              "get_device_capability": lambda _: capability,
                               "mem_get_info": lambda _: (free[0], free[0])}.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
     plain = loading._config
@@ -287,7 +288,9 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
         assert bool(re.search(r"14.0 GiB of weights, .* training takes [\d.]+ GiB", note)) == (free[0] > 20e9)
     free[0] = 16e9
     _, settings, note = chosen(loading.LLAVA_7B)
-    assert settings.bits == "4" and "are free" in note                  # it was asked for, so it is tried
+    assert settings.bits == "4" and "are free" in note and "emulates" not in note       # asked for, so it is tried
+    capability = (7, 5)                                                 # a T4
+    assert "only emulates bfloat16" in chosen(loading.LLAVA_7B)[2] and "emulates" not in chosen("auto")[2]
     with monkeypatch.context() as alone:                                # nothing to choose: no process waits for others
         alone.setattr(memory.parallel, "concat", None)
         given = {"task": "points24", "bits": "16", "gradient_checkpointing": 2}
