@@ -158,6 +158,11 @@ def load_policy(found, bits, rank=32, target_modules=tuple(PARTS), temperature=1
 def open_model(found, bits):
     """policy.load_model of a FoundModel, with errors that say what to do."""
     name = found.folder
+    stored = getattr(found.config, "quantization_config", None)
+    if stored and not (bits == 4 and stored.get("load_in_4bit")):
+        raise ModelError(
+            f"{name!r} is stored quantised ({stored.get('quant_method')}), not in {bits} bits: "
+            "bitsandbytes' 4 bits are read with --bits 4, of others pass the whole model")
     check_weights(name, bits, found.device, found.config.dtype or torch.float16)
     try:
         # every kind of error: other people's code on other people's files

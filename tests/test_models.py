@@ -442,6 +442,19 @@ def test_a_family_in_four_bits(tiny_families, kind):
     assert moved == {families.part_of_path(path) for path in agent.lora}
 
 
+def test_a_model_that_is_stored_in_four_bits(tiny, tmp_path):
+    """As the hub's "-bnb-4bit" ones: taken in its own bits, refused in words in others."""
+    model, processor = load_model(tiny, bits=4)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = open_model(find_model(str(tmp_path)), 4)
+    for (name, weight), (_, other) in zip(model.state_dict().items(), again.state_dict().items()):
+        assert torch.equal(weight, other), name
+    for bits in (16, 32):
+        with pytest.raises(ModelError, match=f"stored quantised .bitsandbytes., not in {bits} bits: .*--bits 4"):
+            open_model(find_model(str(tmp_path)), bits)
+
+
 def test_pictures_of_other_sizes_keep_their_own_tokens(tiny_families):
     """Where features are kept: each prompt's are its own picture's, whatever else is in the batch."""
     frozen = family_agent(tiny_families["qwen2_vl"], target_modules=("language",))
