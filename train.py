@@ -36,7 +36,7 @@ from plumbing.checkpoint import (
 )
 from plumbing.errors import ModelError, in_words, say
 from plumbing.loading import find_model, load_policy
-from plumbing.report import Report
+from plumbing.report import Report, draw_curve
 from plumbing.settings import ModelSettings, Settings, read_settings, resolve
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
@@ -147,6 +147,8 @@ def run_whole(run, folder, checkpoint=None, board=None):
         lines = ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")
         keep_lines([folder / name for name in lines], run.update)
         write_settings(run.settings, folder)
+        if run.update:          # the kill may have come before its curve was drawn
+            draw_curve(folder)
     # where RL starts is measured on the very deals of the end
     if run.update == 0:
         held_out(run.policy, run.settings, 0, folder / "eval_start.json", board)

@@ -10,6 +10,7 @@ the policy's own files (adapters.py), what a manifest holds (manifest.py), the m
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,8 +25,11 @@ from safetensors.torch import load_file, save_file
 
 import parallel
 from plumbing.card import write_card
-from plumbing.errors import ModelError, as_model_error
+from plumbing.errors import ModelError, as_model_error, say
 from plumbing.manifest import check, plain, write_manifest
+
+# what network folders answer where they offer no locks, or no fsync of a folder
+NOT_OFFERED = (errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EPERM, errno.ENOTSUP)
 
 
 # ---- files that are whole or not there ---------------------------------------------------------
@@ -49,6 +53,10 @@ def to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # subtle: of folders alone; a file that does not reach the disk is an error anywhere
+        if error.errno not in NOT_OFFERED or not Path(path).is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -101,6 +109,12 @@ def locked(folder, flag="--out"):
     with contextlib.ExitStack() as stack:
         with as_model_error(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
+            links = [path for path in Path(folder).iterdir() if path.is_symlink()]
+        if links:
+            raise ModelError(
+                f"{links[0]} is a link, and what it leads to would be written over: put the file "
+                f"or folder itself there, or choose another {flag}")
+        with as_model_error(folder):
             file = stack.enter_context(open(Path(folder) / "run.lock", "a+", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,6 +124,11 @@ def locked(folder, flag="--out"):
             raise ModelError(
                 f"{folder} is in use by {holder}: wait for it, stop it, or choose another {flag}"
             ) from None
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
+            say(f"note: {folder} lies where no file can be locked ({error.strerror}): nothing "
+                "keeps a second program from writing there")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -1,12 +1,14 @@
 """Runs: settings, folders, checkpoints, kills, resumption, supervised fine-tuning, several processes."""
 
 import dataclasses
+import errno
 import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -475,6 +477,9 @@ def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_
     assert len(run_metrics(tmp_path / "run")) == 4
     kept = {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")}
     assert kept == {"checkpoint-000004", "checkpoint-notes.part"}           # the notes are somebody's
+    (tmp_path / "run" / "curve.png").unlink()                               # as a kill right after the last checkpoint
+    train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
+    assert (tmp_path / "run" / "curve.png").exists() and len(run_metrics(tmp_path / "run")) == 4
 
 
 def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path):
@@ -498,6 +503,41 @@ def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path)
     train.main([*stopped_run[1][:2], "--out", str(run), "--resume"])
     assert (run / "checkpoint-000001").exists()
     assert (run / "checkpoint-000000" / "mine").exists() and not (run / "checkpoint-000002").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EPERM])
+def test_a_network_folder_without_locks_is_written_all_the_same(code, tmp_path, monkeypatch, capsys):
+    fsync = os.fsync
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: (
+        refuse if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync)(descriptor))
+    with checkpoint.locked(tmp_path):
+        checkpoint.write_whole(tmp_path / "x.json", "{}")
+    assert (tmp_path / "x.json").read_text() == "{}" and "no file can be locked" in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    code = errno.EIO
+    with pytest.raises(SystemExit, match="Input/output error"), errors.in_words(), checkpoint.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["run.lock", "curve.png", "config.json.part", "checkpoint-000002"])
+def test_a_run_folder_leads_nowhere_else(stopped_run, tmp_path, name):
+    """A link in it, whole or broken, would have what it leads to written over."""
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    shutil.copytree(stopped_run[0], run)
+    theirs.write_text("mine")
+    if (run / name).is_dir():
+        shutil.move(run / name, theirs := tmp_path / "moved")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(theirs)
+    before = tree(run)
+    with pytest.raises(SystemExit, match=f"{name} is a link, and what it leads to"):
+        train.main([*stopped_run[1][:2], "--out", str(run), "--resume"])
+    assert tree(run) == before and (tmp_path / "theirs").read_text() == "mine"
 
 
 def test_a_run_folder_has_one_owner(stopped_run, tmp_path):
