@@ -63,11 +63,11 @@ def open_run(run):
     """Return (policy of a run's last checkpoint, the run's settings, its temperature by now).
 
     ModelError where the folder has no whole checkpoint, one of another program, or settings of
-    another version.
+    another version or run.
     """
     last = newest_checkpoint(run)
-    check(last)
     settings = stored_settings(Settings, Path(run) / Settings.file)
+    check(last, settings=settings)      # a config.json of other settings would play another game
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the "
                          "program that made it")

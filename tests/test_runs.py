@@ -465,6 +465,16 @@ def test_settings_that_are_damaged_are_told_by_eval_in_a_sentence(stopped_run, t
         evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "1"])
 
 
+@pytest.mark.parametrize("name, value", [("temperature", 0.9), ("cot", False), ("seed", 7), ("num_steps", 5)])
+def test_eval_takes_no_settings_but_the_checkpoints_own(stopped_run, tmp_path, name, value):
+    """An edited config.json, or another run's: its games would not be this run's."""
+    shutil.copytree(stopped_run[0], tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(SystemExit, match=f"is another run's: it has {name} .*, not {value}"):
+        evaluation.main(["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "1"])
+
+
 def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(stopped_run[0], tmp_path / "run")
     count, now = torch.get_num_threads(), manifest.versions()
