@@ -134,10 +134,11 @@ class Game(gymnasium.Env):
         Raises ValueError where it is no state of this game: nothing changes then.
         """
         names = {*self.fields, "steps", "episode_return", "over", "generator", "game"}
-        if set(state) != names or state["game"] != type(self).__name__:
+        is_ours = isinstance(state, dict) and set(state) == names
+        if not is_ours or state["game"] != type(self).__name__:
             raise ValueError(
-                f"not a state of {type(self).__name__}: expected the keys {sorted(names)}, "
-                f"got {sorted(state)} of {state.get('game')}")
+                f"not a state that {type(self).__name__} takes: expected a dict with the keys "
+                f"{sorted(names)}, got {str(state)[:300]}")
 
         # everything is tried on a copy, which replaces this game only at the very end
         tried = copy.copy(self)

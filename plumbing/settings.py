@@ -133,7 +133,7 @@ class Settings(ModelSettings):
     micro_batch_size: int = setting(
         4, "answers per forward pass, for memory (sums round otherwise)", pocket=64)
     target_kl: float = setting(
-        0.0, "the policy's update ends when a minibatch's KL exceeds this; 0: never", pocket=0.1,
+        0.0, "the policy's update ends at a minibatch's approx_kl above this; 0: never", pocket=0.1,
         paper=0.0, why="at its learning rate some updates overshoot")
     lr: float = setting(
         1e-5, "learning rate, falling on a cosine", pocket=2e-4, paper=1e-5,

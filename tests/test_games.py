@@ -63,6 +63,9 @@ def test_a_state_that_cannot_be_is_refused_and_changes_nothing(task, changes):
     before = game.get_state()
     with pytest.raises(ValueError, match="not a state that|not numpy's PCG64"):
         game.set_state(before | changes)
+    for state in (None, [], {}, {1: 2, "a": 3}, before | {"game": "Chess"}):
+        with pytest.raises(ValueError, match="not a state that"):
+            game.set_state(state)
     assert game.get_state() == before
     game.set_state(before)
 
