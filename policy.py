@@ -78,7 +78,8 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(A.to(base.weight.device))    # the CPU's draw, on any device
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
-    weight = property(lambda self: self.base.weight)        # some models ask a layer for its type
+    # SigLIP's pooling head reads these itself (no picture token sees it), others ask their type
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
     def forward(self, x):
         # scaled on the narrow side (…, r), where it costs least
@@ -157,8 +158,8 @@ class Policy(nn.Module):
     """See the file's header.
 
     target_modules: the parts (of families.PARTS) that get adapters, of rank r and α = 2 r; all else
-    is frozen. () is no adapters, all weights learn. temperature: of sampling and scoring alike.
-    gradient_checkpointing: 0 for none, n for every n-th layer.
+    is frozen. () is no adapters, all weights learn. temperature divides the logits, in sampling and
+    in scoring alike. gradient_checkpointing: 0 for none, n for every n-th layer.
     """
 
     def __init__(
@@ -252,11 +253,10 @@ class Policy(nn.Module):
     # -- through: the model's body
     def image_features(self, prompts):
         """[(I, levels, D)] of the pictures; computed once where tower and projector are frozen."""
-        kept = self.vision_frozen
-        new = [p for p in prompts if not kept or p.features is None]
-        counts = [prompt.ids.count(self.family.image_token) for prompt in new]
+        new = [p for p in prompts if not self.vision_frozen or p.features is None]
+        counts = [p.ids.count(self.family.image_token) for p in new]
         found = self.family.image_features([p.images for p in new], counts) if new else []
-        if not kept:
+        if not self.vision_frozen:
             return found
         for prompt, features in zip(new, found):
             prompt.features = features.cpu()        # a rollout's are too many for a GPU
@@ -320,9 +320,9 @@ class Policy(nn.Module):
         stopping_criterion: Callable[[str], bool] = None, greedy=False) -> list[list[int]]:
         """Sample an answer for each prompt; return the sampled ids, EOS included if it was drawn.
 
-        generator: on the policy's device. stopping_criterion: of the text so far, ends an answer;
-        asked after each token with a "}" (parse.json_closed). greedy: the likeliest token, no draw.
-        FloatingPointError where the model's log-probabilities are not finite.
+        generator: on the policy's device. stopping_criterion: whether an answer is whole, asked of
+        its text after each token with a "}" (parse.json_closed). greedy: the likeliest token, not a
+        draw. Raises FloatingPointError where the model's log-probabilities are not finite.
         """
         ids, mask, positions, _, _ = self._collate(prompts)                     # (B, P)
         self._set_mode(train=False)

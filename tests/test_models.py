@@ -442,6 +442,22 @@ def test_a_family_in_four_bits(tiny_families, kind):
     assert moved == {families.part_of_path(path) for path in agent.lora}
 
 
+def test_a_tower_with_a_pooling_head(tiny_families):
+    """SigLIP's reads the weight and the bias of its layer itself; the pictures' tokens do not hang on it."""
+    plain = family_agent(tiny_families["llava_onevision"])
+    prompts, _, _ = mixed_prompts(plain)
+    model, processor = load_model(str(tiny_families["llava_onevision"]))
+    config = copy.deepcopy(model.config)
+    config.vision_config.vision_use_head = True
+    with torch.random.fork_rng():
+        headed = type(model)(config).eval()
+    assert "head" in str(headed.load_state_dict(model.state_dict(), strict=False).missing_keys)
+    headed = Policy(headed, processor, rank=2, temperature=0.7)
+    assert any("head.attention.out_proj" in path for path in headed.lora)
+    responses = [[1, 2, 3]] * len(prompts)
+    torch.testing.assert_close(headed.logprobs(prompts, responses)[0], plain.logprobs(prompts, responses)[0])
+
+
 def test_a_model_that_is_stored_in_four_bits(tiny, tmp_path):
     """As the hub's "-bnb-4bit" ones: taken in its own bits, refused in words in others."""
     model, processor = load_model(tiny, bits=4)
