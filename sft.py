@@ -203,7 +203,7 @@ class Saver:
     """Checkpoint folders of a run in its midst, each whole or not at all."""
 
     settings: SFTSettings
-    base_hash: str
+    depends: dict
 
     def save(self, policy, optimizer, done):
         out = self.settings.out
@@ -215,7 +215,7 @@ class Saver:
             name: tensor.detach().cpu().contiguous() for name, tensor in answer_parameters(policy)}
         save_file(weights, part / "weights.safetensors")
         save_optimizer(optimizer, part)
-        write_manifest(part, self.base_hash, self.settings)
+        write_manifest(part, self.depends, self.settings)
         replace_checkpoint(whole, before[-1] if before else None)
 
     def load(self, policy, optimizer) -> int:
@@ -223,7 +223,7 @@ class Saver:
         if not checkpoints(self.settings.out):
             return 0
         newest = checkpoints(self.settings.out)[-1]
-        check(newest, self.base_hash, self.settings)
+        check(newest, self.depends, self.settings)
         stored = load_file(newest / "weights.safetensors")
         with torch.no_grad():
             for name, parameter in answer_parameters(policy):
@@ -250,6 +250,7 @@ def _run_sft(settings, folder):
         if other := [f"{name} {there[name]}" for name in own if own[name] != there[name]]:
             raise ModelError(
                 f"{folder} holds another run's result ({', '.join(other)}): choose another --out")
+        check(folder)
         clean_up(folder)
         say(f"{folder} is finished")
         return
@@ -266,7 +267,7 @@ def _run_sft(settings, folder):
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
     finetune(policy, batches, settings.steps, settings.lr,
              micro_batch_size=settings.micro_batch_size, title=f"sft {settings.task}",
-             saver=Saver(settings, files.base_hash))
+             saver=Saver(settings, files.depends))
     write_result(policy, files, settings, folder, last)
     clean_up(folder)
     say(f"{folder} in {(time.perf_counter() - begun) / 60:.1f} minutes")
@@ -284,7 +285,7 @@ def write_result(policy, files, settings, folder, last):
         # without the value head, which is RL's own
         save_adapters(policy.lora, part, files.base_name, policy.rank, policy.alpha)
         write_card(part, "sft.py", settings, files.base_name, "Taught by an expert's play")
-    write_manifest(part, files.base_hash, settings)
+    write_manifest(part, files.depends, settings)
     for file in sorted(part.iterdir(), key=lambda file: file.name == last):
         to_disk(file)
         os.replace(file, folder / file.name)

@@ -144,8 +144,7 @@ def run_whole(run, folder, checkpoint=None, board=None):
         load(run, checkpoint)
     if parallel.rank() == 0:
         # what came after the checkpoint is played again, and written again
-        lines = ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")
-        keep_lines([folder / name for name in lines], run.update)
+        keep_lines(folder, run.update)
         write_settings(run.settings, folder)
         if run.update:          # the kill may have come before its curve was drawn
             draw_curve(folder)

@@ -20,7 +20,7 @@ from torch import nn
 from env import GAMES
 from families import base_view, encode_images
 from plumbing.loading import POCKET
-from plumbing.manifest import weights_hash
+from plumbing.manifest import hashes
 from plumbing.settings import Settings, setting
 from policy import Prompt, ValueHead, load_model
 from train import launch
@@ -125,7 +125,7 @@ class FeatureFiles:
     """How such a policy is written and read: plumbing.adapters.PolicyFiles' counterpart."""
 
     base_name: str = "pocket"
-    base_hash: str = None
+    depends: dict = None
 
     def save(self, policy, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def make_features(settings, checkpoint=None):
     """train.make_policy's counterpart: (a FeaturePolicy for the settings' game, its files)."""
     actions = GAMES[settings.task]().legal_actions()
     policy = FeaturePolicy(*pocket_eyes(), actions, settings.seed)
-    return policy, FeatureFiles(base_hash=weights_hash(POCKET))
+    return policy, FeatureFiles(depends={"base model": hashes(POCKET)})
 
 
 def main(arguments=None):

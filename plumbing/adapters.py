@@ -1,6 +1,6 @@
 """A policy's files: LoRA adapters in PEFT's own format, the value head beside them.
 
-    files = PolicyFiles(base_name="pocket", base_hash=weights_hash("checkpoints/pocket"))
+    files = PolicyFiles("pocket", {"base model": hashes("checkpoints/pocket")})
     files.save(policy, "adapters")              # the peft library reads this folder
     files.load(policy, "adapters")
     adapter_settings("adapters")                # the Policy arguments that fit it
@@ -9,7 +9,7 @@ Does not handle: the adapters themselves (policy.py), other kinds of adapters th
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ class PolicyFiles:
     """How a policy is written and read, and for which base model."""
 
     base_name: str              # the model that the adapters are made for
-    base_hash: str = None       # of its weights (manifest.weights_hash)
+    depends: dict = field(default_factory=dict)     # what a manifest holds them to (manifest.py)
 
     def save(self, policy, folder):
         """Write the adapters and, in value_head.safetensors, the value head."""

@@ -12,6 +12,7 @@ the policy's own files (adapters.py), what a manifest holds (manifest.py), the m
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,9 @@ from safetensors.torch import load_file, save_file
 import parallel
 from plumbing.card import write_card
 from plumbing.errors import ModelError, as_model_error, say
-from plumbing.manifest import check, plain, write_manifest
+from plumbing.manifest import check, hashes, plain, write_manifest
+
+LINES = ("metrics.jsonl", "transcripts.jsonl")      # of a run's folder, a line an update
 
 # what network folders answer where they offer no locks, or no fsync of a folder
 NOT_OFFERED = (errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EPERM, errno.ENOTSUP)
@@ -74,25 +77,30 @@ def append_line(path, row):
         os.fsync(file.fileno())     # a checkpoint must not outlive the lines before it
 
 
-def keep_lines(paths, count):
-    """Cut files back to their first `count` lines: what came after the checkpoint is played
-    again."""
-    found = {}
-    with as_model_error(paths[0].parent):
-        for path in paths:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            found[path] = text.splitlines(keepends=True)
-    for path, lines in found.items():
-        if len(lines) < count or not "".join(lines[:count]).endswith("\n" if count else ""):
-            raise ModelError(
-                f"{path} has {len(lines)} lines and the checkpoint {count} updates behind it: it "
-                "is not this run's, or was cut; start a new run (--out)")
-        with as_model_error(path):
-            for line in lines[:count]:
-                json.loads(line)
-    for path, lines in found.items():
-        if lines[count:]:
-            write_whole(path, "".join(lines[:count]))
+def first_lines(path, count):
+    """The first `count` lines of a file in bytes; of none where it is not there."""
+    with as_model_error(path):
+        content = path.read_bytes() if path.exists() else b""
+    return b"".join(content.splitlines(keepends=True)[:count])
+
+
+def keep_lines(folder, count):
+    """Cut a run's files back to `count` lines: what came after the checkpoint is played again."""
+    for path in (folder / name for name in (*LINES, "timing.jsonl")):
+        kept = first_lines(path, count)
+        if path.exists() and path.stat().st_size > len(kept):
+            with as_model_error(path):
+                write_whole(path, kept.decode())
+
+
+def kept_hashes(folder, count):
+    """{file: hash} of what a run with `count` updates behind it keeps in its folder.
+
+    Not the clock's lines, in which two runs of the same bits differ.
+    """
+    parts = {name: first_lines(folder / name, count) for name in LINES}
+    parts["eval_start.json"] = first_lines(folder / "eval_start.json", 1)
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 
 
 def drop(folder):
@@ -230,7 +238,8 @@ def save(run, folder):
     }))
     parallel.wait()
     if parallel.rank() == 0:
-        write_manifest(part, run.files.base_hash, run.settings)
+        depends = run.files.depends | {"run folder": kept_hashes(Path(folder), run.update)}
+        write_manifest(part, depends, run.settings)
         replace_checkpoint(whole, run.checkpoint)
     parallel.wait()
     run.checkpoint = whole
@@ -241,16 +250,22 @@ def load(run, checkpoint):
 
     ModelError where it is damaged, another run's, or would draw other numbers.
     """
-    check(checkpoint, run.files.base_hash, run.settings)
+    folder, config = checkpoint.parent, checkpoint.parent / run.settings.file
+    with as_model_error(config):
+        own = json.loads(config.read_text(encoding="utf-8"))["model"]
+    depends, start = run.files.depends, folder / "sft" if run.settings.sft_steps else Path(own)
+    depends.pop("start adapters", None)         # of the checkpoint itself, until here
+    if (start / "adapter_config.json").exists():
+        depends["start adapters"] = hashes(start)       # they may be gone by now
+    depends["run folder"] = kept_hashes(folder, int(checkpoint.name.removeprefix("checkpoint-")))
+    run.files.depends = check(checkpoint, depends, run.settings)
     stored = json.loads((checkpoint / "process0.json").read_text())
     for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
         if stored[what] != now:
             raise ModelError(
                 f"{checkpoint} was written with {what} {stored[what]}, this is {now}: the random "
                 "numbers would differ; go on as it began, or start a new run")
-    config, base = checkpoint.parent / "config.json", run.files.base_name
-    with as_model_error(config):
-        own = json.loads(config.read_text(encoding="utf-8"))["model"]
+    base = run.files.base_name
     if run.settings.model not in (own, base) and str(Path(run.settings.model).resolve()) != base:
         raise ModelError(
             f"--model {run.settings.model} is not what this run goes on from, {base}: leave it out")

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from families import FAMILIES, PARTS
 from plumbing.adapters import PolicyFiles, adapter_settings, base_name, load_adapters
 from plumbing.errors import UNREADABLE, ModelError, as_model_error
-from plumbing.manifest import check, weights_hash
+from plumbing.manifest import check, hashes
 from plumbing.memory import check_weights
 from policy import Policy, load_model
 
@@ -139,11 +139,11 @@ def load_policy(found, bits, rank=32, target_modules=tuple(PARTS), temperature=1
         check(folder)
     if not folder.is_dir():
         folder = Path(cached_file(found.folder, "config.json")).parent
-    base_hash = weights_hash(folder)
-    alpha = None
+    depends, alpha = {"base model": hashes(folder)}, None
     if found.adapters:
         if (Path(found.adapters) / "manifest.json").exists():       # PEFT's own folders have none
-            check(found.adapters, base_hash)
+            check(found.adapters, depends)
+        depends["start adapters"] = hashes(found.adapters)
         own = adapter_settings(found.adapters)
         rank, alpha, target_modules = own["rank"], own["alpha"], own["target_modules"]
     with as_model_error(f"{found.folder!r} with its tokenizer and chat template"):
@@ -152,7 +152,7 @@ def load_policy(found, bits, rank=32, target_modules=tuple(PARTS), temperature=1
         policy.encode([np.zeros((300, 300, 3), np.uint8)], ["Hello"])       # now, not after an hour
     if found.adapters:
         load_adapters(policy.lora, found.adapters)
-    return policy, PolicyFiles(found.base, base_hash)
+    return policy, PolicyFiles(found.base, depends)
 
 
 def open_model(found, bits):

@@ -1,10 +1,13 @@
-"""The manifest of a folder: a hash of each of its files, and all else that its bits depend on.
+"""The manifest of a folder: a hash of each of its files, and of all else that its bits depend on.
 
-    write_manifest(folder, base_hash, settings)     # manifest.json, over all files that are there
-    check(folder, base_hash, settings)              # ModelError says what is not as it was
+    depends = {"base model": hashes("checkpoints/pocket")}
+    write_manifest(folder, depends, settings)       # manifest.json, over all files that are there
+    check(folder, depends, settings)                # ModelError says what is not as it was
 
-Guards against damage and mix-ups, not against an enemy who writes a manifest too. Does not handle:
-when that is done (checkpoint.py, sft.py, loading.py).
+What a folder depends on is {place: {file: hash}}. The places are the base model, the adapters that
+a run starts from, and its run folder (checkpoint.py). Guards against damage and mix-ups, not against
+an enemy who writes a manifest too. Does not handle: when that is done (checkpoint.py, sft.py,
+loading.py).
 """
 
 import hashlib
@@ -24,6 +27,8 @@ from plumbing.errors import ModelError, as_model_error
 ROOT = Path(__file__).parent.parent
 CODE = ("*.py", "games/*.py", "games/alfworld/*.py", "plumbing/*.py")
 NO_CODE = ("test_all.py", "conftest.py")
+# what is read of a model's folder, or of adapters', beside the weights
+READ = ("*config.json", "*token*", "chat_template*", "vocab.json", "merges.txt")
 WHOLE = 64 * 2**20      # weights' files up to this size are hashed whole, larger ones at 64 places
 
 
@@ -45,8 +50,8 @@ def plain(settings):
     return {name: value for name, value in stored.items() if name not in settings.changeable}
 
 
-def write_manifest(folder, base_hash, settings=None):
-    """Write manifest.json over all files of a folder."""
+def write_manifest(folder, depends, settings):
+    """Write manifest.json over all files of a folder, or of the part that will be it."""
     os.umask(umask := os.umask(0))
     files = {
         file.name: _digest(file) for file in sorted(Path(folder).iterdir())
@@ -54,24 +59,27 @@ def write_manifest(folder, base_hash, settings=None):
     for name in files:                  # safetensors makes its files the owner's alone
         (Path(folder) / name).chmod(0o666 & ~umask)
     manifest = {
-        "files": files, "base": base_hash, "settings": settings and plain(settings),
-        "versions": versions(),
+        "folder": Path(folder).name.removesuffix(".part"), "files": files, "depends": depends,
+        "settings": plain(settings), "versions": versions(),
     }
     manifest["self"] = _digest_of(manifest)
     (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def check(folder, base_hash=None, settings=None):
-    """Hold a folder against its manifest; ModelError says what is not as it was.
+def check(folder, depends=(), settings=None):
+    """Hold a folder against its manifest; ModelError says what is not as it was. Returns what the
+    folder depends on.
 
-    base_hash: of the base model as it is now; settings: of the run that would go on. Other versions
-    are a warning.
+    depends: those places that can be looked at now; settings: of the run that would go on. Other
+    versions are a warning.
     """
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
-        files, was = dict(manifest["files"]), dict(manifest["versions"])
         if manifest.pop("self") != _digest_of(manifest):
             raise ValueError("it is not as it was written")
+        if "depends" not in manifest:
+            raise ValueError("it is an earlier version's")
+        files, was = manifest["files"], manifest["versions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder} has no manifest that can be read, so it is not taken: {error}") from error
@@ -82,13 +90,20 @@ def check(folder, base_hash=None, settings=None):
             raise ModelError(
                 f"{file} is {what}; nothing was changed: put back a copy, or start a new run "
                 "(--out)")
-    if base_hash and manifest["base"] != base_hash:
-        raise ModelError(
-            f"{folder} was made for other weights than its base model's now: they have changed "
-            "since")
+    for place in depends:
+        then, now = manifest["depends"].get(place, {}), depends[place]
+        if other := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+            raise ModelError(
+                f"{folder} was written for other files of its {place} than are there now "
+                f"({', '.join(other)}); nothing was changed: put back what was there, or start a "
+                "new run (--out)")
     if settings is None:
-        return
-    mine, theirs = plain(settings), manifest["settings"] or {}
+        return manifest["depends"]
+    if manifest["folder"] != Path(folder).name:
+        raise ModelError(
+            f"{folder} was written as {manifest['folder']}, whose place in the run it has: give it "
+            "back its name")
+    mine, theirs = plain(settings), manifest["settings"]
     if other := sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)):
         said = ", ".join(f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in other)
         raise ModelError(f"{folder} is another run's: it has {said}")
@@ -98,6 +113,7 @@ def check(folder, base_hash=None, settings=None):
     if changed and parallel.rank() == 0:
         print(f"note: since {Path(folder).name} was written these have changed, so bits may differ "
               f"from a run left alone: {', '.join(changed)}", file=sys.stderr)
+    return manifest["depends"]
 
 
 def _digest(path):
@@ -109,24 +125,27 @@ def _digest_of(manifest):
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def weights_hash(folder) -> str:
-    """A hash that changes with a model folder's weights.
+def hashes(folder) -> dict[str, str]:
+    """{file: hash} of all that is read of a model's folder, or of a folder of adapters.
 
-    Of small files whole, of large ones the size, the header and 64 places of 64 KiB.
+    Of large files of weights the hash is of the size and of 64 places of 64 KiB.
     """
-    found, index = hashlib.sha256(), Path(folder) / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    names = {"model.safetensors", "adapter_model.safetensors"}
     with as_model_error(index):
         if index.exists():
             names = set(json.loads(index.read_text())["weight_map"].values())
-    for path in sorted(Path(folder) / name for name in names if (Path(folder) / name).exists()):
+    names |= {file.name for pattern in READ for file in folder.glob(pattern)}
+    found = {}
+    for path in sorted(folder / name for name in names if (folder / name).exists()):
         size = path.stat().st_size
-        found.update(f"{path.name} {size} ".encode())
+        if size <= WHOLE:
+            found[path.name] = _digest(path)
+            continue
+        some = hashlib.sha256(str(size).encode())
         with open(path, "rb") as file:
-            if size <= WHOLE:
-                found.update(file.read())
-                continue
             for place in range(0, size, size // 64):
                 file.seek(place)
-                found.update(file.read(2**16))
-    return found.hexdigest()
+                some.update(file.read(2**16))
+        found[path.name] = some.hexdigest()
+    return found

@@ -323,15 +323,31 @@ DAMAGES = {             # what is done to a run's folder and its newest checkpoi
     "value_head.safetensors is missing": lambda run, last: (last / "value_head.safetensors").unlink(),
     "process0.json is not as it was": lambda run, last: edit(last / "process0.json", update=1),
     "no manifest": lambda run, last: (last / "manifest.json").unlink(),
-    "it is not as it was written": lambda run, last: edit(last / "manifest.json", base="0"),
+    "it is not as it was written": lambda run, last: edit(last / "manifest.json", depends={}),
+    "it is an earlier version's": lambda run, last: as_an_earlier_version(last / "manifest.json"),
+    "was written as checkpoint-000002": lambda run, last: last.rename(run / "checkpoint-000003"),
     "another run's: it has seed 1, not 2": lambda run, last: edit(run / "config.json", seed=2),
     "another run's: it has num_envs 4, not 8": lambda run, last: edit(run / "config.json", num_envs=8),
-    "has 1 lines and the checkpoint 2": lambda run, last: checkpoint.keep_lines([run / "metrics.jsonl"], 1),
+    "run folder than are there now (metrics.jsonl)": lambda run, last: (run / "metrics.jsonl").unlink(),
+    "are there now (metrics.jsonl, transcripts.jsonl)": lambda run, last: swap_lines(run),
+    "are there now (transcripts.jsonl);": lambda run, last: (run / "transcripts.jsonl").write_text("{}\n{}\n"),
+    "are there now (eval_start.json)": lambda run, last: (run / "eval_start.json").write_text('{"success": 1}'),
     "config.json cannot be used": lambda run, last: (run / "config.json").write_text('{"seed": '),
     "save_every is 1.5": lambda run, last: edit(run / "config.json", save_every=1.5),
     "task is 'chess'": lambda run, last: edit(run / "config.json", task="chess"),
-    "metrics.jsonl cannot be used": lambda run, last: (run / "metrics.jsonl").write_text("{\n{}\n"),
     "adapter_config.json cannot be used": lambda run, last: (last / "adapter_config.json").write_text("{}")}
+
+
+def as_an_earlier_version(file):
+    stored = json.loads(file.read_text())
+    del stored["depends"], stored["self"]
+    file.write_text(json.dumps(stored | {"self": manifest._digest_of(stored)}))
+
+
+def swap_lines(run):
+    """The first update's and the second's, in each file."""
+    for name in checkpoint.LINES:
+        (run / name).write_bytes(b"".join((run / name).read_bytes().splitlines(keepends=True)[::-1]))
 
 
 @pytest.mark.parametrize("message", DAMAGES)
@@ -356,19 +372,74 @@ def test_a_base_model_that_changed_is_noticed(stopped_run, tmp_path):
         flip(weights)                                                   # same names, same shapes, other numbers
         for command in (lambda: train.main([*stopped_run[1][:2], "--out", str(run), "--resume"]),
                         lambda: evaluation.main(["--task", "numberline", "--run", str(run), "--episodes", "1"])):
-            with pytest.raises(SystemExit, match="other weights than its base model's"):
+            with pytest.raises(SystemExit, match=r"other files of its base model .*\(model.safetensors\)"):
                 command()
     finally:
         weights.write_bytes(kept)
-    big = tmp_path / "model.safetensors"
-    big.write_bytes(bytes(3000))
-    whole, manifest.WHOLE = manifest.weights_hash(tmp_path), 1000
-    try:
-        before = manifest.weights_hash(tmp_path)
-        big.write_bytes(bytes(1500) + b"1" + bytes(1499))
-        assert before != whole and manifest.weights_hash(tmp_path) != before
-    finally:
-        manifest.WHOLE = 64 * 2**20
+
+
+def test_all_that_a_policy_reads_of_a_model_is_hashed(tiny, tmp_path, monkeypatch):
+    """Not the weights alone: a chat template, an image's mean, a normaliser, eps, an end token give other bits too."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("anybody's")
+    before = manifest.hashes(tmp_path / "model")
+    assert set(before) == {file.name for file in tiny.iterdir()}
+    for name, content in ((file.name, file.read_bytes()) for file in tiny.iterdir()):
+        flip(tmp_path / "model" / name)
+        now = manifest.hashes(tmp_path / "model")
+        assert [file for file in now if now[file] != before[file]] == [name]
+        (tmp_path / "model" / name).write_bytes(content)
+    (big := tmp_path / "model.safetensors").write_bytes(bytes(3000))
+    whole = manifest.hashes(tmp_path)
+    monkeypatch.setattr(manifest, "WHOLE", 1000)                        # larger: at 64 places
+    some = manifest.hashes(tmp_path)
+    big.write_bytes(bytes(1500) + b"1" + bytes(1499))
+    assert some != whole and manifest.hashes(tmp_path) != some
+
+
+def test_a_run_goes_on_from_the_adapters_that_it_began_with(tiny, tmp_path, monkeypatch):
+    """Runs alike in all their settings, from adapters of one name: only the hash tells whose checkpoint it is."""
+    start = ["--task", "numberline", "--model", str(tiny), "--steps", "1", "--batch-size", "4", "--rank", "2", "--out"]
+    run = ["--task", "numberline", "--model", str(tmp_path / "sft"), "--num-envs", "4", "--num-steps", "2",
+           "--total-timesteps", "16", "--max-new-tokens", "4", "--eval-episodes", "0", "--out", str(tmp_path / "run")]
+    sft.main([*start, str(tmp_path / "sft")])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "save", stop_at(1, checkpoint.save))
+        with pytest.raises(SystemExit):
+            train.main(run)
+    (tmp_path / "sft").rename(tmp_path / "first")
+    sft.main([*start, str(tmp_path / "sft"), "--seed", "5"])
+    with pytest.raises(SystemExit, match=r"other files of its start adapters .*\(adapter_model.safetensors\)"):
+        train.main([*run[:2], *run[-2:], "--resume"])
+    shutil.rmtree(tmp_path / "sft")
+    (tmp_path / "first").rename(tmp_path / "sft")
+    train.main([*run[:2], *run[-2:], "--resume"])
+    stored = json.loads((tmp_path / "run" / "checkpoint-000002" / "manifest.json").read_text())["depends"]
+    assert stored["start adapters"] == manifest.hashes(tmp_path / "sft") and stored["base model"] == manifest.hashes(tiny)
+
+
+def test_fine_tuning_trusts_no_names(tiny, tmp_path, monkeypatch):
+    """A checkpoint is the step that it was written as; a result is finished where all of its files are whole."""
+    command = ["--task", "numberline", "--model", str(tiny), "--steps", "3", "--batch-size", "4", "--rank", "2",
+               "--save-every", "1", "--out", str(tmp_path)]
+    plain = sft.step
+    with monkeypatch.context() as stopped:
+        steps = iter((plain, plain))
+        stopped.setattr(sft, "step", lambda *arguments: next(steps, stop)(*arguments))
+        with pytest.raises(SystemExit, match="--resume"):
+            sft.main(command)
+    (tmp_path / "checkpoint-000002").rename(tmp_path / "checkpoint-000001")
+    with pytest.raises(SystemExit, match="checkpoint-000001 was written as checkpoint-000002"):
+        sft.main([*command, "--resume"])
+    (tmp_path / "checkpoint-000001").rename(tmp_path / "checkpoint-000002")
+    sft.main([*command, "--resume"])
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="adapter_model.safetensors is missing"):
+        sft.main([*command, "--resume"])
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
@@ -380,7 +451,7 @@ def test_a_run_and_its_model_may_move(stopped_run, tmp_path):
         command = [*stopped_run[1][:2], "--out", str(tmp_path / "all" / "run"), "--resume"]
         with pytest.raises(SystemExit, match="which is not there: .*--model with --resume"):
             train.main(command)
-        with pytest.raises(SystemExit, match="other weights than its base model's"):
+        with pytest.raises(SystemExit, match="other files of its base model"):
             train.main([*command, "--model", str(POCKET)])
         train.main([*command, "--model", str(tmp_path / "all" / "model")])
         assert len(run_metrics(tmp_path / "all" / "run")) == 4
@@ -737,6 +808,7 @@ def test_two_processes_learn_what_one_does_from_both_halves(shipped, tmp_path, m
 def test_each_process_has_its_share_of_the_games_and_its_own_draws(shipped, tmp_path, monkeypatch):
     """Together they play the very games that one process would; what one wrote, two cannot go on with."""
     alone = make_run(shipped, "numberline")
+    train.write_settings(alone.settings, tmp_path)
     checkpoint.save(alone, tmp_path)
     monkeypatch.setattr(parallel, "size", lambda: 2)
     halves = []
