@@ -19,6 +19,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,12 @@ from rollout import Choice
 
 UNUSABLE = ("401", "402", "403", "404")     # no key, no money, no access, no such model
 GIVE_UP = 20        # so many failed calls in a row, and nobody answers there any more
+LARGEST = 2**24     # bytes of a response; a long answer of a reasoning model has some 2**17
 # what went wrong, by the class of the error or of its cause
 KINDS = {
-    "APITimeoutError": "time-out", "ConnectError": "no connection", "ValueError": "no choices",
-    "JSONDecodeError": "not JSON", "RecursionError": "not JSON"}
+    "APITimeoutError": "time-out", "TimeoutError": "time-out",
+    "ConnectError": "no connection", "ValueError": "no choices",
+    "JSONDecodeError": "not JSON", "RecursionError": "not JSON", "OverflowError": "too large"}
 
 
 # ---- one response ------------------------------------------------------------------------------
@@ -80,6 +83,15 @@ def _part(thing, key, kind):
     """thing[key] where there is one of that kind, else None."""
     found = thing.get(key) if isinstance(thing, dict) else None
     return found if isinstance(found, kind) else None
+
+
+def advice(kind):
+    """What to do where calls fail with this kind of error."""
+    if kind in ("400", "422"):      # it understood, and does not do what is asked
+        return "leave --temperature out, try another --max-new-tokens or a model that sees pictures"
+    if kind in UNUSABLE or not kind.isdecimal():
+        return "check --endpoint (most end in /v1), --model and $OPENAI_API_KEY"
+    return "try later, or with a smaller --concurrency: the same command goes on"
 
 
 def seal(row: dict) -> str:
@@ -139,9 +151,11 @@ class EndpointPlayer:
             if not usable or "@" in parts.netloc:
                 raise ModelError("--endpoint is like https://api.openai.com/v1, without a password")
             # a proxy in the environment may be none, or need a package
-            http = openai.DefaultHttpxClient(event_hooks={"request": [self._before_request]})
+            hooks = {"request": [self._before_request], "response": [self._after_response]}
+            http = openai.DefaultHttpxClient(event_hooks=hooks)
         return openai.OpenAI(api_key=key, base_url=self.url, max_retries=self.max_retries,
-                             timeout=self.timeout, http_client=http)
+                             timeout=self.timeout, http_client=http,
+                             default_headers={"Accept-Encoding": "identity"})
 
     # -- on disk
     def __enter__(self):
@@ -201,6 +215,26 @@ class EndpointPlayer:
         with self.lock:
             self.count["requests"] += 1
 
+    def _after_response(self, response):
+        """A response's head is there: read the rest; OverflowError, TimeoutError beyond limits.
+
+        An error in an HTTP 200 becomes the status that it names, so the client treats it as one.
+        """
+        begun, content = time.monotonic(), bytearray()
+        for part in response.iter_raw():            # raw: a little may unpack to a lot
+            content += part
+            if len(content) > LARGEST or "content-encoding" in response.headers:
+                raise OverflowError(f"more than {LARGEST} bytes, or compressed without being asked")
+            if time.monotonic() - begun > self.timeout:
+                raise TimeoutError(f"not whole after {self.timeout} seconds")
+        # as if nobody had read it yet
+        response.stream = type(response)(200, content=bytes(content)).stream
+        response.is_stream_consumed = response.is_closed = False
+        with contextlib.suppress(ValueError, RecursionError):       # no JSON: _ask will say so
+            code = _part(_part(json.loads(content), "error", dict), "code", int) or 0
+            if response.is_success and 400 <= code < 600:
+                response.status_code = code
+
     def _post(self, prompt, picture):
         """Return the text of a response."""
         image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
@@ -224,7 +258,8 @@ class EndpointPlayer:
         try:
             body = json.loads(self._post(prompt, picture))
             read_answer(body)
-        except (self.openai.APIError, ValueError, RecursionError) as error:
+        except (self.openai.APIError, ValueError, RecursionError, OverflowError,
+                TimeoutError) as error:
             return self._count_failure(error)
         row = {"request": key[0], "k": key[1], "prompt": prompt, "body": body}
         with self.lock:
@@ -239,6 +274,8 @@ class EndpointPlayer:
         kind = KINDS.get(type(error).__name__) or KINDS.get(type(said).__name__, "broken off")
         kind = str(getattr(error, "status_code", kind))
         with self.lock:
+            if self.over:           # another call has ended it, and knows why
+                raise self.over
             self.failed[kind] += 1
             self.failed_in_a_row += 1
             self.bar.set_postfix(failed=self.failed.total())
@@ -248,8 +285,7 @@ class EndpointPlayer:
             if kind in UNUSABLE and not self.kept or self.failed_in_a_row >= patience:
                 self.over = ModelError(
                     f"{self.model!r} at {self.url} does not answer ({kind}: "
-                    f"{printable(str(said)[:300])}): "
-                    "check --endpoint (most end in /v1), --model and $OPENAI_API_KEY")
+                    f"{printable(str(said)[:300])}): {advice(kind)}")
                 raise self.over
 
     # -- a step of the games

@@ -5,8 +5,8 @@
     check(folder, depends, settings)                # ModelError says what is not as it was
 
 What a folder depends on is {place: {file: hash}}. The places are the base model, the adapters that
-a run starts from, and its run folder (checkpoint.py). Guards against damage and mix-ups, not against
-an enemy who writes a manifest too. Does not handle: when that is done (checkpoint.py, sft.py,
+a run starts from, and its run folder (checkpoint.py). Guards against damage and mix-ups, not an
+enemy who writes a manifest too. Does not handle: when that is done (checkpoint.py, sft.py,
 loading.py).
 """
 

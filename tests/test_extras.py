@@ -1,6 +1,8 @@
 """Endpoints, pages, TensorBoard, model cards, leaving with a model."""
 
 import base64
+import contextlib
+import gzip
 import hashlib
 import html
 import http.server
@@ -76,6 +78,8 @@ class Stub:
                     stub.over.wait(30)
                 if found in ("nothing", "slow"):
                     return
+                if found in ("drips", "endless", "packed"):
+                    return self.send_without_end(found)
                 text = "{'garbage" if found == "garbage" else text
                 self.send_response(status)
                 self.send_header("retry-after-ms", "1")
@@ -83,6 +87,17 @@ class Stub:
                 self.send_header("content-length", str(len(text) + (50 if found == "half" else 0)))
                 self.end_headers()
                 self.wfile.write(text.encode())
+
+            def send_without_end(self, found):
+                self.send_response(200)
+                if found == "packed":
+                    self.send_header("content-encoding", "gzip")
+                self.end_headers()
+                part = gzip.compress(bytes(10**6)) if found == "packed" else b" " * (1 if found == "drips" else 10**6)
+                with contextlib.suppress(OSError):          # until the client hangs up
+                    while not stub.over.wait(0.1 if found == "drips" else 0):
+                        self.wfile.write(part)
+                        self.wfile.flush()
 
             def log_message(self, *_):
                 pass
@@ -180,6 +195,38 @@ def test_each_fault_is_counted_and_only_what_failed_is_asked_again(endpoint_play
     assert drawn[0] == drawn[1] and set(drawn[0]) == {0, 1}
 
 
+def test_a_response_without_end_is_a_failed_call(endpoint_player, monkeypatch):
+    """Bytes that drip past each single time-out, megabytes without end, a little that would unpack to a lot."""
+    states, replies = list(zip(*states_of("blackjack", 4))), [GOOD, "drips", "endless", "packed"]
+    monkeypatch.setattr("extras.endpoint.LARGEST", 2 * 10**6)
+    with Stub(lambda number, _: replies[number]) as stub, endpoint_player(stub, timeout=0.5) as player:
+        assert [choice.text is None for choice in player(*states)] == [False, True, True, True]
+        assert player.counts()["failed_by_kind"] == {"time-out": 1, "too large": 2}
+
+
+def test_an_error_inside_an_http_200_is_treated_as_its_status(endpoint_player):
+    states, inside = list(zip(*states_of("blackjack", 3))), {"error": {"code": 429, "message": "slow down"}}
+    with Stub(lambda number, _: GOOD if number in (2, 3, 5) else inside) as stub:
+        with endpoint_player(stub, max_retries=2) as player:
+            assert all(choice.named for choice in player(*states)) and player.counts()["retries"] == 3
+    forbidden = {"error": {"code": 403, "message": "no pictures of cards"}}
+    with Stub(lambda number, _: forbidden if number == 1 else GOOD) as stub, endpoint_player(stub) as player:
+        player.folder, player.seed = player.folder / "other", 1
+        player(*states)
+        assert player.counts()["failed_by_kind"] == {"403": 1}
+
+
+def test_of_many_calls_that_fail_at_once_the_first_says_why(endpoint_player, tmp_path):
+    """The others, stopped by it, have nothing to add: each race ends with the server's own words."""
+    states = list(zip(*states_of("blackjack", 30)))
+    with Stub(lambda *_: (401, '{"error": {"message": "no such key"}}')) as stub:
+        for race in range(5):
+            with pytest.raises(ModelError) as error:
+                with endpoint_player(stub, concurrency=8, max_retries=1, folder=tmp_path / str(race)) as player:
+                    player(*states)
+            assert str(error.value).count("does not answer (401: ") == 1 and "no such key" in str(error.value)
+
+
 def test_the_clients_retries_are_counted_and_calls_run_at_once(endpoint_player):
     states = list(zip(*states_of("blackjack", 12)))
     with Stub(lambda number, _: [(429, "{}"), (503, ""), GOOD][min(number, 2)]) as stub:
@@ -203,9 +250,10 @@ def test_the_clients_retries_are_counted_and_calls_run_at_once(endpoint_player):
 
 def test_an_endpoint_that_cannot_be_used_ends_with_a_sentence(endpoint_player, tmp_path, monkeypatch):
     states = list(zip(*states_of("blackjack", 30)))
-    for status, asked in ((401, 1), (404, 1), (400, 8), (503, 8)):          # none, or none of the first eight, plays
+    for status, asked, advice in ((401, 1, "OPENAI_API_KEY"), (404, 1, "OPENAI_API_KEY"), (503, 8, "try later"),
+                                  (400, 8, "leave --temperature out")):     # none, or none of the first eight, plays
         with Stub(lambda *_, status=status: (status, '{"error": {"message": "no such thing"}}')) as stub:
-            with pytest.raises(ModelError, match=f"does not answer.*{status}.*OPENAI_API_KEY"):
+            with pytest.raises(ModelError, match=f"does not answer.*{status}.*{advice}"):
                 with endpoint_player(stub, concurrency=8 if asked > 1 else 1) as player:
                     player(*states)
         assert asked <= len(stub.bodies) < asked + (8 if asked > 1 else 1)
@@ -213,7 +261,7 @@ def test_an_endpoint_that_cannot_be_used_ends_with_a_sentence(endpoint_player, t
         with endpoint_player(stub) as player:
             player(*states)
     inside = {"error": {"code": 429, "message": "slow\x1b[2J down"}}           # as some servers say it under HTTP 200
-    with Stub(lambda *_: inside) as stub, pytest.raises(ModelError, match=r"no choices: it said .*'slow\\x1b\[2J down'"):
+    with Stub(lambda *_: inside) as stub, pytest.raises(ModelError, match=r"429: .*slow\\x1b\[2J down.*try later"):
         with endpoint_player(stub) as player:
             player(*states)
     # one state's 403 (moderation) among answers: it is asked again, the rest goes on
