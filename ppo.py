@@ -61,15 +61,19 @@ def policy_loss(logp, old_logp, advantages, clip_coef):
     logp, old_logp (answer_logprob's, so the KL is that of λ-weighted answers) and advantages: each
     (B,).
     """
-    log_ratio = logp - old_logp                         # (B,)
-    ratio = log_ratio.exp()                             # ρ, one an answer
+    ratio = (logp - old_logp).exp()                     # (B,) ρ, one an answer
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     # L = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]
     loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages).mean()
     with torch.no_grad():
-        kl = (ratio - 1 - log_ratio).mean()         # Schulman's k3, joschu.net/blog/kl-approx
         clipped = ((ratio - 1).abs() > clip_coef).float().mean()
-    return loss, kl, clipped
+    return loss, kl_estimate(logp - old_logp), clipped
+
+
+@torch.no_grad()
+def kl_estimate(log_ratio):
+    """E[ρ − 1 − log ρ], k3 of joschu.net/blog/kl-approx: KL(old ‖ new) by samples of the old."""
+    return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
 def value_loss(values, returns):
@@ -111,20 +115,23 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
                           settings.update_epochs, generator)
     for number, batch in enumerate(batches):            # batch: sample indices
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(4)                           # policy loss, value loss, KL, clipped
+        sums = torch.zeros(5)           # policy loss, value loss, KL, clipped, whole answers' KL
         for group, shape in rollout.micro_batches(batch):
             logp, mask, values = policy.logprobs(                       # (B, T), (B, T), (B,)
                 [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
-            starts, old_logp, advantages, returns = rollout.columns(group, logp.device)    # (B,)
+            starts, old_logp, old_whole, advantages, returns = rollout.columns(     # each (B,)
+                group, logp.device)
             new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
             if number == 0:
                 error = ((new_logp - old_logp).exp() - 1).abs().max().item()
                 ratio_error = max(ratio_error, error)
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
             v_loss = value_loss(values, returns)        # no gradient into the model: ValueHead
+            whole_kl = kl_estimate(answer_logprob(logp, mask, starts, 1.0) - old_whole)
             share = len(group) / len(batch)     # subtle: micro-batches add up to the batch's mean
             (share * (p_loss + v_loss)).backward()
-            sums += share * torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped]).cpu()
+            found = torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped, whole_kl])
+            sums += share * found.cpu()
         norms = prepare_step(optimizer, sums, settings)     # before any step: the gradients' size
         history.append([*sums.tolist(), norms[0].item()])
         approx_kl = sums[2]                     # by now the mean over the processes
@@ -135,7 +142,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)       # the next rollout has the memory
     # an update that stopped early has means over the minibatches that it looked at
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "answer_kl", "grad_norm")
     means = dict(zip(names, torch.tensor(history).mean(0).tolist()))
     ratio_error = parallel.concat(torch.tensor([ratio_error])).max().item()
     return {**means, "minibatches": len(history), "ratio_error": ratio_error}

@@ -84,6 +84,7 @@ class Rollout:
     shapes: list = field(default_factory=list)          # S Shapes (padded_shapes, below)
 
     old_logp: torch.Tensor = None       # (S,) λ-weighted
+    old_whole: torch.Tensor = None      # (S,) with λ = 1: the answers' own
     old_values: torch.Tensor = None     # (S,)
     part_logp: torch.Tensor = None      # (2,) sums over answers: of the thoughts, of the actions
 
@@ -98,8 +99,9 @@ class Rollout:
                 yield members[k:k + shape.rows], shape
 
     def columns(self, indices, device):
-        """action_starts, old_logp, advantages and returns of some samples, each (B,)."""
-        columns = (self.action_starts, self.old_logp, self.advantages, self.returns)
+        """action_starts, old_logp, old_whole, advantages, returns of some samples, each (B,)."""
+        columns = (
+            self.action_starts, self.old_logp, self.old_whole, self.advantages, self.returns)
         return [column[indices].to(device) for column in columns]
 
 
@@ -145,7 +147,7 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
 
 @torch.no_grad()
 def score_rollout(policy, rollout: Rollout, settings):
-    """Fill in old_logp, old_values and part_logp, by the policy that answered.
+    """Fill in old_logp, old_whole, old_values and part_logp, by the policy that answered.
 
     A run's first rollout also fits the value head's inputs.
     """
@@ -153,7 +155,7 @@ def score_rollout(policy, rollout: Rollout, settings):
         hidden = _in_batches(policy.prompt_hidden, rollout.prompts, settings.micro_batch_size)
         policy.value_head.fit(parallel.concat(hidden.float()))
     S = len(rollout.responses)                                          # L × N
-    rollout.old_logp, rollout.old_values = torch.zeros(S), torch.zeros(S)
+    rollout.old_logp, rollout.old_whole, rollout.old_values = torch.zeros(3, S)
     rollout.part_logp = torch.zeros(2)
     for group, shape in rollout.micro_batches(range(S)):
         logp, mask, values = policy.logprobs(                           # (B, T), (B, T), (B,)
@@ -161,7 +163,8 @@ def score_rollout(policy, rollout: Rollout, settings):
         starts = rollout.action_starts[group].to(logp.device)           # (B,)
         rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
         rollout.old_values[group] = values.cpu()
-        # for the metrics: with λ = 0 the action parts alone are left
+        # for the metrics: with λ = 1 the whole answers, with 0 their action parts
+        rollout.old_whole[group] = answer_logprob(logp, mask, starts, cot_lambda=1.0).cpu()
         action = answer_logprob(logp, mask, starts, cot_lambda=0.0).sum()
         rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
 

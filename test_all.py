@@ -723,8 +723,23 @@ def test_ppo_teaches_a_bandit():
     for _ in range(30):
         diagnostics = ppo.ppo_update(policy, optimizer, bandit_rollout(policy, options, generator), options, generator)
     assert policy.logits.softmax(0)[1] > 0.95 and policy.worth.item() > 0.5
-    assert set(diagnostics) == {"policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm", "minibatches",
-                                "ratio_error"}
+    names = "policy_loss value_loss approx_kl clip_fraction answer_kl grad_norm minibatches ratio_error"
+    assert list(diagnostics) == names.split()
+
+
+def test_two_kls_are_told_that_of_the_weighted_answers_and_their_own():
+    """By hand, of answers that are all thought: d = log π − log π_old, weighted 0.3 · d; target_kl limits that one."""
+    policy, places = Bandit(), []
+    options = bandit_settings(minibatch_size=64, micro_batch_size=32, update_epochs=2, cot_lambda=0.3)
+    rollout = bandit_rollout(policy, options, torch.Generator().manual_seed(0))
+    rollout.action_starts += 1
+    playing.score_rollout(policy, rollout, options)
+    optimizer = torch.optim.SGD(policy.groups(logits=1.0, worth=0.0))
+    optimizer.register_step_post_hook(lambda *_: places.append(policy.logits.detach().clone()))
+    found = ppo.ppo_update(policy, optimizer, rollout, options, torch.Generator().manual_seed(0))
+    d = (places[0].log_softmax(0) - torch.zeros(2).log_softmax(0))[torch.tensor(rollout.responses).flatten()]
+    for name, weighted in (("approx_kl", 0.3 * d), ("answer_kl", d)):
+        assert found[name] == pytest.approx((weighted.exp() - 1 - weighted).mean().item() / 2, rel=1e-3), name   # the first minibatch's is 0
 
 
 def test_beyond_its_target_kl_the_value_head_alone_learns_on():
