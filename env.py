@@ -225,7 +225,12 @@ class Blackjack(Game):
     fields = ("player", "dealer")       # two hands of cards 0..51
 
     def _is_possible(self):
-        return all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer))
+        if not all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer)):
+            return False
+        # nobody draws after the end of a turn: the player's a bust, the dealer's from 17 on
+        turns = ((self.player, 2, 22), (self.dealer, 2, 17))
+        return all(self.total(hand[:k])[0] < end
+                   for hand, first, end in turns for k in range(first, len(hand)))
 
     def _card(self):
         return int(self.np_random.integers(52))         # an infinite deck: no card is missing

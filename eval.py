@@ -214,7 +214,7 @@ def find_policy(options, given, task):
     if not options.run:
         policy, settings = open_policy(options.model, task, **asked)
         return policy, settings.model, replace(settings, **given)
-    policy, settings = open_run(options.run)
+    policy, settings = open_run(options.run, given.get("device"))
     policy.temperature = given.get("temperature", policy.temperature)
     if settings.task != task:
         print(f"note: {options.run} was trained on {settings.task}")
@@ -350,9 +350,7 @@ def play_task(options, policy, name, settings, given, watch=None):
     with player if options.endpoint else contextlib.nullcontext():
         result = evaluate(player, settings.task, options.episodes, options.seed, settings.num_envs,
                           settings.cot, watch, settings.world)
-    temperature = {}
-    if policy and not options.greedy:
-        temperature["temperature"] = policy.temperature
+    temperature = {"temperature": policy.temperature} if policy and not options.greedy else {}
     calls = player.counts() if options.endpoint else {}
     return {"policy": name, **temperature, **result, **calls}
 
@@ -384,6 +382,8 @@ def play_all(options, given):
             policy, name, settings = find_policy(options, own, task)
         settings = replace(settings, task=task)
         results[task] = result = play_task(options, policy, name, settings, given)
+        if options.out:                 # what is played stays, whatever comes of the next
+            Path(options.out).write_text(json.dumps({"policy": name, "tasks": results}) + "\n")
         shares = [
             ("success", result["success"]), ("from", result["success_low"]),
             ("to", result["success_high"]), ("parsed", result["parse_rate"]),

@@ -26,7 +26,7 @@ from rollout import Choice, act
 
 # The settings that an evaluation goes by.
 PLAY_SETTINGS = (
-    "num_envs", "play_batch_size", "max_new_tokens", "bits", "cot", "temperature", *WORLD)
+    "num_envs", "play_batch_size", "max_new_tokens", "bits", "device", "cot", "temperature", *WORLD)
 
 
 # ---- with a model ------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def open_policy(model="auto", task="blackjack", base=None, **given):
     some.
 
     model: as the flag of train.py; task: what "pocket" and the settings go by; base: where the
-    adapters' base is, if it has moved; given: settings, such as bits or temperature (by default the
-    one that RL on the task starts with). ModelError where the model cannot be had.
+    adapters' base is, if it has moved; given: settings, such as bits, device or temperature (by
+    default the one that RL on the task starts with). ModelError where the model cannot be had.
     """
-    found = find_model(model, task, base)
+    found = find_model(model, task, base, given.get("device"))
     settings = resolve(Settings, {"task": task, **given}, found)
     # no adapters of its own: those of the folder, if there are some
     policy, _ = load_policy(
@@ -59,7 +59,7 @@ def open_policy(model="auto", task="blackjack", base=None, **given):
     return policy, settings
 
 
-def open_run(run):
+def open_run(run, device="auto"):
     """Return (policy of a run's last checkpoint, the run's settings, its temperature by now).
 
     ModelError where the folder has no whole checkpoint, one of another program, or settings of
@@ -74,7 +74,7 @@ def open_run(run):
     update = int(last.name.removeprefix("checkpoint-"))
     policy, _ = open_policy(
         str(last), settings.task, base=settings.model, bits=settings.bits,
-        temperature=settings.temperature_at(update), **settings.world)
+        temperature=settings.temperature_at(update), device=device, **settings.world)
     load_value_head(policy.value_head, last)
     return policy, replace(settings, temperature=policy.temperature)
 

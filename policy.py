@@ -88,7 +88,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:
-    """Give every linear layer of the parts in target_modules (keys of PARTS) an adapter.
+    """Give every linear layer of target_modules (keys of PARTS, or layers' own paths) an adapter.
 
     All else is frozen. Returns {module path: LoRALinear}, in the model's order. The output head is
     in no part: it stays as it is.
@@ -97,7 +97,7 @@ def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALin
         parameter.requires_grad_(False)
     layers = {}
     for path, module in list(model.named_modules()):        # a list: the tree changes below
-        if part_of_path(path) in target_modules and isinstance(module, nn.Linear):
+        if {path, part_of_path(path)} & {*target_modules} and isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
             layers[path] = LoRALinear(module, rank, alpha, generator)       # Linear4bit is one too
             setattr(model.get_submodule(parent), name, layers[path])
@@ -157,9 +157,9 @@ class Prompt:
 class Policy(nn.Module):
     """See the file's header.
 
-    target_modules: the parts (of families.PARTS) that get adapters, of rank r and α = 2 r; all else
-    is frozen. () is no adapters, all weights learn. temperature divides the logits, in sampling and
-    in scoring alike. gradient_checkpointing: 0 for none, n for every n-th layer.
+    target_modules: what gets adapters (add_lora), of rank r and α = 2 r; all else is frozen. () is
+    no adapters, all weights learn. temperature divides the logits, in sampling and in scoring
+    alike. gradient_checkpointing: 0 for none, n for every n-th layer.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Policy(nn.Module):
         self.lora = {}                                  # {module path: LoRALinear}
         if target_modules:
             self.lora = add_lora(model, rank, self.alpha, target_modules, generator)
-        learning = {*(target_modules or PARTS)}
+        learning = {part_of_path(name) or name for name in target_modules or PARTS}
         self.vision_frozen = not learning & {"vision", "projector"}
         hidden_size = model.config.get_text_config().hidden_size
         self.value_head = ValueHead(hidden_size, generator).to(model.device)

@@ -254,7 +254,7 @@ def _run_sft(settings, folder):
         clean_up(folder)
         say(f"{folder} is finished")
         return
-    model = find_model(settings.model, settings.task)
+    model = find_model(settings.model, settings.task, device=settings.device)
     say(f"{settings.steps} batches of {settings.batch_size} demonstrations")
     if settings.full and model.adapters:
         raise ModelError(f"--full needs a whole model, and {settings.model} holds adapters")

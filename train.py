@@ -180,7 +180,7 @@ def teach_format(settings):
         given |= {"micro_batch_size": min(16, settings.micro_batch_size), "out": str(folder),
                   "steps": settings.sft_steps}
         try:
-            model = find_model(settings.model, settings.task)
+            model = find_model(settings.model, settings.task, device=settings.device)
             run_sft(resolve(SFTSettings, given, model))
         except FloatingPointError as error:
             raise ModelError(
@@ -200,7 +200,7 @@ def make_policy(settings, checkpoint=None):
     start = str(checkpoint or settings.model)
     if settings.sft_steps and not checkpoint:       # a checkpoint has all adapters already
         start = teach_format(settings)
-    model = find_model(start, settings.task, base=settings.model)
+    model = find_model(start, settings.task, base=settings.model, device=settings.device)
     if start != settings.model:
         say(f"model: {model.why}")
     return load_policy(

@@ -273,6 +273,7 @@ class EndpointPlayer:
         said = error.__cause__ or error
         kind = KINDS.get(type(error).__name__) or KINDS.get(type(said).__name__, "broken off")
         kind = str(getattr(error, "status_code", kind))
+        said = str(said).replace(os.environ.get("OPENAI_API_KEY", "").strip() or "\0", "(the key)")
         with self.lock:
             if self.over:           # another call has ended it, and knows why
                 raise self.over
@@ -285,7 +286,7 @@ class EndpointPlayer:
             if kind in UNUSABLE and not self.kept or self.failed_in_a_row >= patience:
                 self.over = ModelError(
                     f"{self.model!r} at {self.url} does not answer ({kind}: "
-                    f"{printable(str(said)[:300])}): {advice(kind)}")
+                    f"{printable(said[:300])}): {advice(kind)}")
                 raise self.over
 
     # -- a step of the games

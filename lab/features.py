@@ -40,6 +40,7 @@ class FeatureSettings(Settings):
     # the pocket model lends its eyes
     model: str = fixed("pocket")
     bits: str = fixed("32")
+    device: str = fixed("cpu")
     rank: int = fixed(1)
     target_modules: tuple = fixed(())
     cot: bool = fixed(False)

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from families import PARTS, part_of_path
 from plumbing.errors import as_model_error
 
 
@@ -55,8 +54,26 @@ def load_value_head(value_head, folder):
 
 
 # ---- adapters ----------------------------------------------------------------------------------
+# prefixes of paths before transformers 4.52, of LLaVA's and Qwen's models, and what they became
+OLD = {
+    "language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.", "visual.": "model.visual.",
+    "model.layers.": "model.language_model.layers."}
+
+
 def _key(path, matrix):
     return f"base_model.model.{path}.lora_{matrix}.weight"      # PEFT's names
+
+
+def _new_key(key):
+    """A stored tensor's name as it is today.
+
+    >>> _new_key("base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight")
+    'base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight'
+    """
+    path = key.removeprefix("base_model.model.")
+    old = next((prefix for prefix in OLD if path.startswith(prefix)), "")
+    return "base_model.model." + OLD.get(old, "") + path.removeprefix(old)
 
 
 def save_adapters(layers, folder, base_name, rank, alpha):
@@ -83,7 +100,7 @@ def load_adapters(layers, folder):
     """
     file = Path(folder) / "adapter_model.safetensors"
     with as_model_error(file), torch.no_grad():
-        tensors = load_file(file)
+        tensors = {_new_key(key): tensor for key, tensor in load_file(file).items()}
         expected = {_key(path, matrix) for path in layers for matrix in "AB"}
         if set(tensors) != expected:
             other = min(expected ^ set(tensors))
@@ -107,12 +124,14 @@ def base_name(folder):
 
 
 def adapter_settings(folder) -> dict:
-    """The Policy arguments (rank, alpha, target_modules) that fit a folder of adapters."""
+    """The Policy arguments (rank, alpha, target_modules by path) that fit a folder of adapters."""
     config, file = _config(folder), Path(folder) / "adapter_model.safetensors"
-    # The parts are read off the weights: PEFT shortens long lists of target_modules.
+    # Read off the weights: PEFT shortens long lists of target_modules, and may adapt some layers.
     with as_model_error(file), safe_open(file, "pt") as tensors:
         keys = list(tensors.keys())
-        found = {part_of_path(key.removeprefix("base_model.model.")) for key in keys}
+        layers = tuple(sorted({
+            _new_key(key).removeprefix("base_model.model.").rpartition(".lora_")[0]
+            for key in keys}))
         ranks = {
             tensors.get_slice(key).get_shape()[0] for key in keys if key.endswith("lora_A.weight")
         }
@@ -120,8 +139,7 @@ def adapter_settings(folder) -> dict:
             raise ValueError(
                 f"its matrices have ranks {sorted(ranks)}, adapter_config.json says {config['r']}"
             )
-    parts = tuple(part for part in PARTS if part in found)
-    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": parts}
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": layers}
 
 
 # What PEFT can ask for and LoRALinear does not do.

@@ -65,7 +65,7 @@ def flags_of(settings, names=None):
         value, flag = getattr(settings, entry.name), entry.name.replace("_", "-")
         # a default that depends on model or game is named, whatever it is
         depends = entry.name in game.paper_settings | game.preferred_settings
-        if entry.name in ("task", "model", *settings.changeable) or (
+        if entry.name in ("task", "model", "device", *settings.changeable) or (
                 names and entry.name not in names) or (
                 value == entry.default and entry.metadata["pocket"] is None and not depends):
             continue

@@ -11,13 +11,13 @@ the policy's own files (adapters.py), what a manifest holds (manifest.py), the m
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,11 @@ import parallel
 from plumbing.card import write_card
 from plumbing.errors import ModelError, as_model_error, say
 from plumbing.manifest import check, hashes, plain, write_manifest
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    sys.exit("a run folder is locked by fcntl, which Windows has not: use WSL (wsl --install)")
 
 LINES = ("metrics.jsonl", "transcripts.jsonl")      # of a run's folder, a line an update
 

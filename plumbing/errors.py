@@ -30,7 +30,7 @@ class ModelError(RuntimeError):
 # What reading something that is not what it should be raises.
 UNREADABLE = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError,
-    SafetensorError, TemplateError,
+    SafetensorError, TemplateError, RecursionError,
 )
 
 
@@ -77,7 +77,7 @@ def say(text):
     """Print, on the first process alone."""
     if parallel.rank() == 0:
         with ignore_closed_pipe():
-            print(text, flush=True)
+            print(lines_of(text), flush=True)
 
 
 def printable(text: str) -> str:
@@ -87,6 +87,11 @@ def printable(text: str) -> str:
     'a\\\\x1b[2Jb'
     """
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def lines_of(text) -> str:
+    """What is to be said, printable line by line: a name or an error in it may be a stranger's."""
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
 @contextlib.contextmanager
@@ -111,7 +116,7 @@ def in_words(advice: Callable[[], str] = lambda: ""):
     except KeyboardInterrupt:
         sys.exit(f"\n{program}: stopped{and_then()}")
     except (ModelError, FloatingPointError, HouseError, ImportError) as error:
-        sys.exit(f"{program}: {error}")
+        sys.exit(f"{program}: {lines_of(error)}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(
             f"{program}: out of GPU memory: lower --micro-batch-size or --play-batch-size, or "
@@ -124,4 +129,4 @@ def in_words(advice: Callable[[], str] = lambda: ""):
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "os error 28" in str(error):     # safetensors' own words for a full disk
             error = "the disk is full; the last checkpoint is intact. Make room"
-        sys.exit(f"{program}: {error}{and_then()}")
+        sys.exit(f"{program}: {lines_of(error)}{and_then()}")

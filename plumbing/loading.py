@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from families import FAMILIES, PARTS
+from families import FAMILIES, PARTS, part_of_path
 from plumbing.adapters import PolicyFiles, adapter_settings, base_name, load_adapters
-from plumbing.errors import UNREADABLE, ModelError, as_model_error
+from plumbing.errors import ModelError, as_model_error
 from plumbing.manifest import check, hashes
 from plumbing.memory import check_weights
 from policy import Policy, load_model
@@ -50,26 +50,32 @@ class FoundModel:
         return bool(self.adapters) or (Path(self.folder) / "sft.json").exists()
 
     @property
+    def is_quantised(self):
+        """Whether its weights are stored in few bits already."""
+        return bool(getattr(self.config, "quantization_config", None))
+
+    @property
     def adapter_settings(self):
-        """rank and target_modules of the adapters to go on with; {} where there are none."""
+        """rank and target_modules, by part, of the adapters to go on with; {} without any."""
         if not self.adapters:
             return {}
         own = adapter_settings(self.adapters)
-        return {name: own[name] for name in ("rank", "target_modules")}
+        found = {part_of_path(path) for path in own["target_modules"]}
+        parts = tuple(part for part in PARTS if part in found)
+        return {"rank": own["rank"], "target_modules": parts}
 
 
-def find_model(model="auto", task="blackjack", base=None) -> FoundModel:
+def find_model(model="auto", task="blackjack", base=None, device="auto") -> FoundModel:
     """Return the FoundModel for a command line's word.
 
     model: "auto" (LLaVA-1.6-7B where a CUDA GPU has 20 GB or more, else the pocket model), "pocket"
     (the task's own), a hub name, a model folder, or a folder of adapters that sft.py or train.py
-    wrote: then their base too. base: where that is, if it has moved since.
+    wrote: then their base too. base: where that is, if it has moved since. device: "cpu" leaves a
+    GPU alone.
     """
     if not model:
         raise ModelError("--model is empty: an unset variable?")
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{torch.cuda.current_device()}"
+    device = _device(device)
     # ALFWorld's pocket model has another vocabulary
     own, other = "pocket", "pocket-alfworld"
     if task == "alfworld":
@@ -99,22 +105,40 @@ def find_model(model="auto", task="blackjack", base=None) -> FoundModel:
     return FoundModel(name, base_model, adapters, folder, _config(folder), device, why)
 
 
+def _device(asked):
+    """The GPU to use, or "cpu"; ModelError where this PyTorch has no kernels for the GPU."""
+    if asked == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability()
+    built = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list()
+             if name.startswith("sm_")]
+    if built and 10 * major + minor < min(built):
+        raise ModelError(
+            f"this GPU is of compute capability {major}.{minor}, and this PyTorch has kernels from "
+            f"{min(built) / 10} on: --device cpu leaves it alone, or install a PyTorch that was "
+            "built for it (pytorch.org/get-started/previous-versions)")
+    return f"cuda:{torch.cuda.current_device()}"
+
+
 def _config(name):
     """The configuration of a hub name or a folder; ModelError unless it is of a known family."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except UNREADABLE as error:
+    except Exception as error:      # every kind: other people's code on other people's files
+        why = ("it is neither a folder with a model here nor a name that the hub gave an answer "
+               "for. Check the spelling; without a network, download it elsewhere "
+               f"(`hf download {name}`) and pass the folder")
+        if (Path(name) / "config.json").exists():
+            why = "its config.json is damaged, or for another version of transformers"
         raise ModelError(
-            f"cannot find a model {name!r}: it is neither a folder with a model here nor a name "
-            "that the hub gave an answer for. Check the spelling; without a network, download it "
-            f"elsewhere (`hf download {name}`) and pass the folder. The loader said: {error}"
-        ) from error
+            f"cannot find a model {name!r}: {why}. The loader said: {error}") from error
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{name!r} is a {config.model_type}: no model that this program can give pictures to. "
             f"It knows {', '.join(FAMILIES)}; such as {LLAVA_7B}.")
     vision = config.vision_config
-    one_layer = isinstance(getattr(config, "vision_feature_layer", -1), int)
+    layer = getattr(config, "vision_feature_layer", -1)
+    one_layer = isinstance(layer, int) and abs(layer) <= getattr(vision, "num_hidden_layers", 0)
     if FAMILIES[config.model_type].square and not (
             one_layer and vision.model_type in ("clip_vision_model", "siglip_vision_model")):
         raise ModelError(
@@ -152,18 +176,24 @@ def load_policy(found, bits, rank=32, target_modules=tuple(PARTS), temperature=1
         policy.encode([np.zeros((300, 300, 3), np.uint8)], ["Hello"])       # now, not after an hour
     if found.adapters:
         load_adapters(policy.lora, found.adapters)
+    elif target_modules and not policy.lora:
+        raise ModelError(
+            f"{found.folder!r} has no linear layer in {', '.join(target_modules)} "
+            "(--target-modules): nothing would learn")
     return policy, PolicyFiles(found.base, depends)
 
 
 def open_model(found, bits):
     """policy.load_model of a FoundModel, with errors that say what to do."""
     name = found.folder
-    stored = getattr(found.config, "quantization_config", None)
-    if stored and not (bits == 4 and stored.get("load_in_4bit")):
-        raise ModelError(
-            f"{name!r} is stored quantised ({stored.get('quant_method')}), not in {bits} bits: "
-            "bitsandbytes' 4 bits are read with --bits 4, of others pass the whole model")
-    check_weights(name, bits, found.device, found.config.dtype or torch.float16)
+    stored_bits = 8 * (found.config.dtype or torch.float16).itemsize
+    if found.is_quantised:
+        stored, stored_bits = found.config.quantization_config, 4
+        if not (bits == 4 and stored.get("load_in_4bit")):
+            raise ModelError(
+                f"{name!r} is stored quantised ({stored.get('quant_method')}), not in {bits} bits: "
+                "bitsandbytes' 4 bits are read with --bits 4, of others pass the whole model")
+    check_weights(name, bits, found.device, stored_bits)
     try:
         # every kind of error: other people's code on other people's files
         with as_model_error(

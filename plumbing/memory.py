@@ -56,9 +56,9 @@ def free_bytes(device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def check_weights(name, bits, device, stored_as):
+def check_weights(name, bits, device, stored_bits):
     """Refuse weights that cannot fit, before a download and before the machine swaps."""
-    needed = stored_bytes(name) * bits / (8 * stored_as.itemsize)
+    needed = stored_bytes(name) * bits / stored_bits
     free = free_bytes(device)
     if needed > free:
         has = "machine has" if device == "cpu" else "GPU has free"

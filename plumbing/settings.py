@@ -10,7 +10,6 @@ frozen. Names are CleanRL's and PEFT's where they have one. Does not handle: wha
 
 import argparse
 import json
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -48,6 +47,8 @@ class ModelSettings:
     rank: int = setting(
         128, "of the LoRA adapters, r; α = 2 r as in the paper", pocket=32, paper=128,
         why="the pocket model's layers are small")
+    device: str = setting(
+        "auto", "auto: a GPU where one is; cpu leaves it alone", choices=("auto", "cpu", "cuda"))
     target_modules: tuple = setting(tuple(PARTS), "the parts that have LoRA adapters and learn")
     gradient_checkpointing: int = setting(
         1, "less memory for more time: of every layer (1), of every second (2), of none (0); a GPU "
@@ -87,8 +88,9 @@ class ModelSettings:
             there = ", ".join(PARTS)
             return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {there}"
         for name, value in vars(self).items():
-            endless = isinstance(value, float) and not math.isfinite(value)
-            if endless or type(value) is int and value >= 2**31:
+            # beyond 1e9 Adam's arithmetic ends; nan is not below it either
+            limit = {float: 1e9, int: 2**31 - 1}.get(type(value))
+            if limit and not value <= limit:
                 return f"{_flag(name)} {value} is too large, or no number"
         if self.rank > 2**14:
             return "--rank must be 16384 or less: no layer is wider"
@@ -231,6 +233,8 @@ def resolve(cls, given: dict, model=None):
             raise ModelError("--full trains all weights and has no adapters: leave --rank and "
                              "--target-modules out")
         values |= {"rank": 0, "target_modules": ()}
+    if values["device"] == "auto":
+        values["device"] = model.device.partition(":")[0] if model else "cpu"
     small = model is None or model.is_pocket or model.device == "cpu" or values.get("full")
     if values["bits"] == "auto" and small:
         values["bits"] = "32"
@@ -239,7 +243,7 @@ def resolve(cls, given: dict, model=None):
         raise ModelError(problem)
     if small:
         return settings
-    return choose_bits(model, settings, "bits" in given, "gradient_checkpointing" in given)
+    return choose_bits(model, settings, values["bits"] != "auto", "gradient_checkpointing" in given)
 
 
 def _of_the_model(model, given):
@@ -247,6 +251,8 @@ def _of_the_model(model, given):
     found = {}
     if model.is_taught:
         found["sft_steps"] = 0
+    if model.is_quantised:
+        found["bits"] = "4"
     for name, value in model.adapter_settings.items():
         if given.get(name, value) != value:
             raise ModelError(f"the adapters to go on with have {name} {value}: leave the flag out")
@@ -347,7 +353,7 @@ def read_settings(cls, description, arguments=None):
             f"{config.parent} holds a run already: go on with --resume, or choose another --out")
     if resume:
         say(f"there is no run in {config.parent} yet: this starts one")
-    model = find_model(given.get("model", cls.model), given["task"])
+    model = find_model(given.get("model", cls.model), given["task"], device=given.get("device"))
     settings = resolve(cls, given, model)
     say(f"model: {model.why}, in {settings.bits} bits{memory_note(model, settings)}")
     if found := departures(settings, given):

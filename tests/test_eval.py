@@ -13,6 +13,7 @@ import rollout as playing
 from env import GAMES
 from extras.film import Film
 from games import draw
+from plumbing.errors import ModelError
 from plumbing.loading import POCKET
 from policy import Policy
 from tests.common import make_run, pocket_settings
@@ -135,6 +136,22 @@ def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
     for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"]):
         with pytest.raises(SystemExit, match="--task all takes"):
             evaluation.main(["--task", "all", *bad])
+
+
+def test_of_all_games_those_that_were_played_stay(tmp_path, monkeypatch):
+    """The third fails: the first two are in --out, as they are alone."""
+    plain = evaluation.play_task
+
+    def failing(options, policy, name, settings, given):
+        if settings.task == "points24":
+            raise ModelError("nobody answers")
+        return plain(options, policy, name, settings, given)
+
+    monkeypatch.setattr(evaluation, "play_task", failing)
+    with pytest.raises(SystemExit, match="nobody answers"):
+        evaluation.main(["--task", "all", "--policy", "random", "--episodes", "4", "--out", str(tmp_path / "all.json")])
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert list(kept["tasks"]) == ["numberline", "ezpoints"] and kept["tasks"]["ezpoints"]["episodes"] == 4
 
 
 @pytest.mark.parametrize("chosen", [None, 0.25])

@@ -49,6 +49,7 @@ def test_games_refuse_what_makes_no_sense():
 
 @pytest.mark.parametrize("task, changes", [
     ("blackjack", {"player": [1]}), ("blackjack", {"dealer": [1, 52]}), ("blackjack", {"player": "ab"}),
+    ("blackjack", {"dealer": [0] * 10**4}), ("blackjack", {"dealer": [0, 36, 4]}), ("blackjack", {"player": [40] * 4}),
     ("blackjack", {"over": 0}), ("blackjack", {"episode_return": float("nan")}), ("blackjack", {"steps": -1}),
     ("blackjack", {"generator": {"bit_generator": "MT19937"}}), ("blackjack", {"generator": 7}),
     ("numberline", {"target": 6}), ("numberline", {"current": "3"}), ("numberline", {"steps": 11}),

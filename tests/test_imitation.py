@@ -56,7 +56,8 @@ def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tiny, t
 
 def test_a_temperature_that_was_chosen_stays():
     """It falls only where that was asked for, on every game."""
-    large = SimpleNamespace(name="large", is_pocket=False, is_taught=False, adapter_settings={}, device="cpu")
+    large = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_settings={},
+                            device="cpu")
     for model, chosen, expected in ((None, {}, (0.2, 0.2)), (large, {}, (0.2, 0.2)),
                                     (large, {"temperature": 0.5}, (0.5, 0.5)),
                                     (large, {"temperature_end": 0.1}, (0.2, 0.1))):

@@ -26,7 +26,7 @@ import sft
 import train
 from env import GAMES
 from games import draw
-from plumbing import adapters, loading, memory
+from plumbing import adapters, checkpoint, loading, memory
 from plumbing.adapters import PolicyFiles
 from plumbing.errors import ModelError
 from plumbing.loading import find_model, load_policy, open_model
@@ -42,6 +42,7 @@ from tests.common import (
     samples_of,
     shake,
     states_of,
+    stop_at,
 )
 
 
@@ -200,7 +201,7 @@ def test_adapters_that_peft_wrote_are_read(agent, shipped, tmp_path):
     names = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["target_modules"]
     assert len(names) < len(agent.lora) / 2
     assert adapters.adapter_settings(tmp_path / "theirs") == {
-        "rank": 8, "alpha": 16, "target_modules": agent_parts(agent)}
+        "rank": 8, "alpha": 16, "target_modules": tuple(sorted(agent.lora))}
     back = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=8, seed=9)
     adapters.load_adapters(back.lora, tmp_path / "theirs")
     assert torch.equal(back.logprobs(prompts, responses)[0], agent.logprobs(prompts, responses)[0])
@@ -216,8 +217,29 @@ def test_adapters_that_peft_wrote_are_read(agent, shipped, tmp_path):
             adapters.adapter_settings(tmp_path / "theirs")
 
 
-def agent_parts(agent):
-    return tuple(part for part in families.PARTS if part in set(map(families.part_of_path, agent.lora)))
+def test_adapters_of_some_layers_and_of_old_names_go_on(agent, shipped, tmp_path):
+    """As PEFT's examples write them, q_proj and v_proj alone; and by the names that paths had before 4.52."""
+    import peft
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(shipped[0]), config)
+    model.peft_config["default"].base_model_name_or_path = "pocket"
+    model.save_pretrained(tmp_path)
+    prompts, responses = samples_of(agent, 1, ("blackjack",))
+    theirs = Policy(model.get_base_model(), shipped[1], target_modules=())
+    expected = theirs.logprobs(prompts, responses)[0]
+    file = tmp_path / "adapter_model.safetensors"
+    old = {name.replace("model.model.language_model.", "model.language_model.model.").replace(
+        "model.model.vision_tower.", "model.vision_tower."): tensor.clone() for name, tensor in load_file(file).items()}
+    assert not set(old) & set(load_file(file))
+    for _ in range(2):
+        found = find_model(str(tmp_path))
+        assert found.adapter_settings == {"rank": 4, "target_modules": ("vision", "language")}
+        back, files = load_policy(found, bits=32)
+        assert all(path.endswith(("q_proj", "v_proj")) for path in back.lora) and len(back.lora) == len(old) / 2
+        torch.testing.assert_close(back.logprobs(prompts, responses)[0], expected, atol=1e-5, rtol=1e-5)
+        files.save(back, tmp_path / "again")                            # a checkpoint has those layers, no others
+        assert adapters.adapter_settings(tmp_path / "again") == adapters.adapter_settings(tmp_path)
+        save_file(old, file)
 
 
 def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
@@ -232,11 +254,16 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="final_logit_softcapping"):
         find_model(str(tmp_path))
     config.text_config.final_logit_softcapping = None
-    for changes in ({"vision_config": {"model_type": "pixtral"}}, {"vision_feature_layer": [-2, -1]}):
+    for changes in ({"vision_config": {"model_type": "pixtral"}}, {"vision_feature_layer": [-2, -1]},
+                    {"vision_feature_layer": 50}):
         config.save_pretrained(tmp_path)
         file = tmp_path / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))     # as Pixtral's, as Granite Vision's
         with pytest.raises(ModelError, match="does not make a LLaVA's picture tokens"):
+            find_model(str(tmp_path))
+    for damaged in ('{"model_type": "llava", "text_config": {"hidden_size": "128"}}', 10**5 * "[", "{}"):
+        file.write_text(damaged)
+        with pytest.raises(ModelError, match="config.json is damaged, or for another version of transformers"):
             find_model(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text("{")         # a download that was cut off
     with pytest.raises(ModelError, match="index.json"):
@@ -253,9 +280,9 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
         open_model(found, bits=32)
     stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
     monkeypatch.setattr(memory.os, "sysconf", lambda name: math.ceil(stored ** 0.5) + 1)      # a little more than it
-    memory.check_weights(str(tiny), 32, "cpu", torch.float32)
+    memory.check_weights(str(tiny), 32, "cpu", 32)
     with pytest.raises(ModelError, match="needs about"):
-        memory.check_weights(str(tiny), 32, "cpu", torch.float16)
+        memory.check_weights(str(tiny), 32, "cpu", 16)
 
 
 def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatch, shapes):
@@ -268,7 +295,8 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
     free, capability = [0], (8, 6)
     for name, replacement in {"is_available": lambda: True, "current_device": lambda: 0,
                               "get_device_properties": lambda _: SimpleNamespace(total_memory=free[0]),
-                              "get_device_capability": lambda _: capability,
+                              "get_device_capability": lambda *_: capability,
+                              "get_arch_list": lambda: ["sm_75", "sm_90a", "compute_120"],
                               "mem_get_info": lambda _: (free[0], free[0])}.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
     plain = loading._config
@@ -291,6 +319,12 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
     assert settings.bits == "4" and "are free" in note and "emulates" not in note       # asked for, so it is tried
     capability = (7, 5)                                                 # a T4
     assert "only emulates bfloat16" in chosen(loading.LLAVA_7B)[2] and "emulates" not in chosen("auto")[2]
+    capability = (6, 1)                                                 # pip's PyTorch has nothing for it
+    with pytest.raises(ModelError, match="capability 6.1, .* from 7.5 on: --device cpu"):
+        find_model("pocket")
+    assert find_model("pocket", device="cpu").device == "cpu"
+    capability = (8, 6)
+    assert resolve(Settings, {"task": "blackjack"}, find_model("pocket")).device == "cuda"
     with monkeypatch.context() as alone:                                # nothing to choose: no process waits for others
         alone.setattr(memory.parallel, "concat", None)
         given = {"task": "points24", "bits": "16", "gradient_checkpointing": 2}
@@ -499,6 +533,21 @@ def test_another_family_goes_through_the_whole_program(tiny_families, tmp_path, 
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     metrics = run_metrics(tmp_path / "run")
     assert result["episodes"] == 2 and len(metrics) == 2 and all(row["ratio_error"] == 0 for row in metrics)
+
+
+def test_a_part_without_linear_layers_learns_nothing_and_says_so(tiny_families, tmp_path, monkeypatch):
+    """Gemma 3's projector is a bare matrix: the other parts have adapters, and such a run goes on as it began."""
+    command = ["--task", "numberline", "--model", str(tiny_families["gemma3"]), "--sft-steps", "0", "--rank", "2",
+               "--num-envs", "4", "--num-steps", "2", "--total-timesteps", "16", "--eval-episodes", "0",
+               "--max-new-tokens", "4", "--minibatch-size", "8", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="no linear layer in projector .--target-modules.: nothing would learn"):
+        train.main([*command[:-1], str(tmp_path / "other"), "--target-modules", "projector"])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "save", stop_at(1, checkpoint.save))
+        with pytest.raises(SystemExit, match="--resume"):
+            train.main(command)
+    train.main([*command, "--resume"])
+    assert len(run_metrics(tmp_path / "run")) == 2
 
 
 def test_ratio_is_one_in_bf16_at_depth(mistral, shapes):

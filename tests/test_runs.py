@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import stat
@@ -125,6 +126,7 @@ def test_a_notebook_and_a_thread_may_call_the_programs(monkeypatch, capsys):
     (["--task", "blackjack", "--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end must not be above"),
     (["--task", "blackjack", "--eval-seed", "2147483647", "--eval-episodes", "2"], "training deals begin there"),
     (["--task", "blackjack", "--model", ""], "--model is empty"),
+    (["--task", "blackjack", "--lr", "1e38"], "--lr 1e+38 is too large"),
     (["--task", "poker"], "invalid choice")])
 def test_bad_settings_are_refused_in_words(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                             # where there is no run of that name
@@ -140,7 +142,8 @@ def test_parts_in_any_order_are_one_setting(tmp_path, capsys):
     assert not resume and found.task == "numberline" and "this starts one" in capsys.readouterr().out
 
 
-LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, adapter_settings={}, device="cpu")
+LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_settings={},
+                        device="cpu")
 
 
 @pytest.mark.parametrize("cls", [Settings, sft.SFTSettings, features.FeatureSettings])
@@ -160,7 +163,7 @@ def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
         if paper is not None and {entry.default, entry.metadata["pocket"]} - {paper, None}:
             assert f"the paper {paper}: " in flags[entry.name], entry.name
         told = told.removesuffix("]").split("; ")           # such as 0.2; pocket 0.5; the paper 0.1: a reason
-        if entry.name in ("task", "out", "model", "temperature_end", "bits"):           # the meaning tells it
+        if entry.name in ("task", "out", "model", "temperature_end", "bits", "device"):           # the meaning tells it
             continue
         for (task, kind), settings in found.items():
             value = getattr(settings, entry.name)
@@ -193,6 +196,7 @@ def test_of_several_defaults_the_nearest_wins(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [lr("blackjack", model).sft_steps for model in (LARGE, pocket)] == [100, 0]
     assert lr("blackjack", SimpleNamespace(**vars(LARGE) | {"is_taught": True})).sft_steps == 0
+    assert lr("blackjack", SimpleNamespace(**vars(LARGE) | {"is_quantised": True})).bits == "4"
 
 
 @pytest.mark.parametrize("cls", [Settings, sft.SFTSettings])
@@ -584,6 +588,28 @@ def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path)
     train.main([*stopped_run[1][:2], "--out", str(run), "--resume"])
     assert (run / "checkpoint-000001").exists()
     assert (run / "checkpoint-000000" / "mine").exists() and not (run / "checkpoint-000002").exists()
+
+
+def test_a_system_without_locks_is_told_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(SystemExit, match="WSL"):
+        runpy.run_path(checkpoint.__file__)
+
+
+def test_what_strangers_write_moves_no_terminal(tmp_path, capsys):
+    """A base's name, a lock's text, an error: what is said goes through one door."""
+    escape = "\x1b[2J"
+    (tmp_path / "run").mkdir()
+    held = checkpoint.locked(tmp_path / "run")
+    with held:
+        (tmp_path / "run" / "run.lock").write_text(f"me{escape}")
+        with pytest.raises(SystemExit, match=r"in use by me\\x1b\[2J"), errors.in_words():
+            with checkpoint.locked(tmp_path / "run"):
+                pass
+    with pytest.raises(SystemExit, match=r"disk\\x1b\[2J\nfull"), errors.in_words():
+        raise OSError(f"disk{escape}\nfull")
+    errors.say(f"model: {escape}\nwell")
+    assert capsys.readouterr().out == "model: \\x1b[2J\nwell\n"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EPERM])
