@@ -50,6 +50,17 @@ fast_downward.pddl2sas = functools.lru_cache(maxsize=2)(fast_downward.pddl2sas)
 textgen.copy_context = lambda context: (
     context | {key: dict(context[key]) for key in ("variables", "mapping")})
 
+_derive = textgen.EvalSymbol.derive
+
+
+def _derive_with_names(symbol, context=None):
+    """Names of the grammar are made textgen's own: since Python 3.13 locals() keeps none for it."""
+    vars(textgen).update((context or symbol.context)["variables"])
+    return _derive(symbol, context)
+
+
+textgen.EvalSymbol.derive = _derive_with_names
+
 MARK = ".alfworld-engine"           # in the folders that are ours to delete
 _PARSERS = (textgen._PARSER, pddl_logic._PARSER, logic._PARSER)
 
