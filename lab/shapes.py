@@ -57,8 +57,9 @@ def mistral_processor():
     merges = generate_merges(vocabulary)
     for special in ("<image>", "<pad>"):
         vocabulary[special] = len(vocabulary)
+    # legacy, as the hub's: after the picture comes a "▁" (28705), as at every text's beginning
     tokenizer = LlamaTokenizer(
-        vocabulary, merges, pad_token="<pad>", add_bos_token=True,
+        vocabulary, merges, legacy=True, pad_token="<pad>", add_bos_token=True,
         extra_special_tokens={"image_token": "<image>"})
     return pocket.make_processor(
         tokenizer, side=336, patch=14, chat_template=MISTRAL_TEMPLATE)
@@ -127,7 +128,7 @@ def qwen3_vl_config(hidden, mlp, layers, heads):
 
 # tokens of the longest game's prompt, patches of its picture; Mistral's counted, Qwen's text taken
 # to be as long
-MISTRAL_PROMPT, QWEN_PROMPT = (681, 576), (81 + 105, 324)
+MISTRAL_PROMPT, QWEN_PROMPT = (688, 576), (81 + 112, 324)
 LLAVA = "llava-hf/llava-v1.6-mistral-7b-hf"
 LLAVA_7B = llava_7b_config(byte_processor())
 QWEN_2B = qwen3_vl_config(2048, 6144, 28, 16)

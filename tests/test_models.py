@@ -97,6 +97,7 @@ def test_the_contract_holds_with_mistrals_real_pieces(mistral):
         assert prompt.ids[0] == 1 and prompt.ids.count(1) == 1 and prompt.ids.count(32000) == 576
         first = prompt.ids.index(32000)
         assert set(prompt.ids[first:first + 576]) == {32000} and 620 < len(prompt.ids) < 690
+        assert prompt.ids[first + 576:][:2] == [28705, 13]              # "▁" and the line's end, as the hub's legacy one
         rest = mistral.tokenizer.decode(prompt.ids[first + 576:])
         assert rest.strip() == f"{text} [/INST]", rest
     answers = [one.answer for task in GAMES for one in itertools.islice(sft.demonstrations(task, 0), 20)]
