@@ -7,9 +7,9 @@
     positions = family.positions(images, ids, mask)     # (B, length), or (3, B, length): the Qwens
 
 transformers 5 gives all of them `get_image_features`, `mm_encoder_outputs` and `image_token_id`.
-What it does not tell stands in FAMILIES. subtle: with wrong positions or token types decoding still
-equals scoring and a batch still equals its samples, so the tests hold each family against
-transformers' own forward pass on the processor's own tensors.
+What it does not tell stands in FAMILIES; how one is added, in extras/README.md. subtle: with wrong
+positions or token types decoding still equals scoring and a batch still equals its samples, so the
+tests hold each family against transformers' own forward pass on the processor's own tensors.
 Does not handle: weights (policy.py), what the text means (parse.py).
 """
 
@@ -32,6 +32,7 @@ class Facts:
 
     square: bool = False        # LLaVA's: squeezed to the vision tower's size, without tiles
     options: dict = field(default_factory=dict)     # else what the processor is told
+    one_prefill: bool = False   # linear attention: no two prefills' caches can be put together
 
 
 FAMILIES = {
@@ -41,6 +42,9 @@ FAMILIES = {
     "qwen2_vl": Facts(),
     "qwen2_5_vl": Facts(),
     "qwen3_vl": Facts(),
+    "qwen3_vl_moe": Facts(),            # its experts are no linear layers: no adapters, no 4 bits
+    "qwen3_5": Facts(one_prefill=True),
+    "glm4v": Facts(),
     "smolvlm": Facts(options={"do_image_splitting": False}),
     "idefics3": Facts(options={"do_image_splitting": False}),
     "gemma3": Facts(options={"do_pan_and_scan": False}),

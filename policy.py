@@ -90,8 +90,7 @@ class LoRALinear(nn.Module):
 def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:
     """Give every linear layer of target_modules (keys of PARTS, or layers' own paths) an adapter.
 
-    All else is frozen. Returns {module path: LoRALinear}, in the model's order. The output head is
-    in no part: it stays as it is.
+    All else is frozen, the output head too: it is in no part. Returns {module path: LoRALinear}.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -360,9 +359,10 @@ class Policy(nn.Module):
 
     def _prefill(self, ids, mask, positions, features):
         """Read prompts in groups: hidden states at their ends (B, D), and one cache for all."""
-        size = max(1, PREFILL_TOKENS // ids.shape[1])           # prompts a group
+        B, P = ids.shape
+        size = B if self.family.facts.one_prefill else max(1, PREFILL_TOKENS // P)
         ends, caches = [], []
-        for k in range(0, len(ids), size):
+        for k in range(0, B, size):
             rows = slice(k, k + size)
             output = self._body(
                 ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)

@@ -135,7 +135,8 @@ def _config(name):
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{name!r} is a {config.model_type}: no model that this program can give pictures to. "
-            f"It knows {', '.join(FAMILIES)}; such as {LLAVA_7B}.")
+            f"It knows {', '.join(FAMILIES)}; such as {LLAVA_7B}. How another family is added: "
+            "extras/README.md")
     vision = config.vision_config
     layer = getattr(config, "vision_feature_layer", -1)
     one_layer = isinstance(layer, int) and abs(layer) <= getattr(vision, "num_hidden_layers", 0)

@@ -11,6 +11,9 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
@@ -32,8 +35,12 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -41,6 +48,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision import image_processing_pil_llava_onevision
@@ -73,20 +81,47 @@ def text_settings(tokenizer, **changes):
             "initializer_range": 0.08, **changes}
 
 
-def qwen3_vl():
-    tokenizer = byte_tokenizer(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+def qwen3_vl(config_class=Qwen3VLConfig, model_class=Qwen3VLForConditionalGeneration, **text):
+    """Qwen3-VL, and those that came of it with another language model."""
+    tokenizer = byte_tokenizer(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+                                "<|endoftext|>"])       # the class of Qwen3.5's tokenizer adds it else
     token = tokenizer.convert_tokens_to_ids
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
-    config = Qwen3VLConfig(
-        text_config=text_settings(tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                                                              "mrope_section": [4, 2, 2], "mrope_interleaved": True}),
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = config_class(
+        text_config=text_settings(tokenizer, rope_parameters=rope, **text),
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8,
                        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
                        "initializer_range": 0.08},
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
-    return Qwen3VLForConditionalGeneration, config, Qwen3VLProcessor, \
+    return model_class, config, Qwen3VLProcessor, \
         {"image_processor": images, "tokenizer": tokenizer}, "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def qwen3_vl_moe():
+    return qwen3_vl(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, num_experts=4, num_experts_per_tok=2,
+                    moe_intermediate_size=32, mlp_only_layers=[0])
+
+
+def qwen3_5():
+    return qwen3_vl(Qwen3_5Config, Qwen3_5ForConditionalGeneration, num_hidden_layers=4, linear_key_head_dim=16,
+                    linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4)
+
+
+def glm4v():
+    tokenizer = byte_tokenizer(["<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"])
+    token = tokenizer.convert_tokens_to_ids
+    images = Glm4vImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 8192})
+    config = Glm4vConfig(
+        text_config=text_settings(tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                                              "mrope_section": [4, 2, 2]}),
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8,
+                       "image_size": 64, "out_hidden_size": 64, "initializer_range": 0.08},
+        image_token_id=token("<|image|>"), video_token_id=token("<|video|>"),
+        image_start_token_id=token("<|begin_of_image|>"), image_end_token_id=token("<|end_of_image|>"))
+    return Glm4vForConditionalGeneration, config, Glm4vProcessor, \
+        {"image_processor": images, "tokenizer": tokenizer}, "<|begin_of_image|><|image|><|end_of_image|>"
 
 
 def qwen2_vl(version=""):
@@ -187,7 +222,7 @@ def smolvlm():
 
 
 KINDS = {"llava": llava, "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl,
-         "qwen2_5_vl": lambda: qwen2_vl("2_5"), "qwen3_vl": qwen3_vl, "gemma3": gemma3, "internvl": internvl,
+         "qwen2_5_vl": lambda: qwen2_vl("2_5"), "qwen3_vl": qwen3_vl, "qwen3_vl_moe": qwen3_vl_moe, "qwen3_5": qwen3_5, "glm4v": glm4v, "gemma3": gemma3, "internvl": internvl,
          "idefics3": idefics3, "smolvlm": smolvlm}
 
 
