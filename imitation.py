@@ -13,12 +13,14 @@ learns from; the value head, which does not learn here.
 """
 
 from collections import deque
+from dataclasses import replace
 
 import torch
 
 import parallel
 from parse import make_prompt
-from ppo import prepare_step
+from ppo import kl_estimate, prepare_step
+from rollout import score_rollout
 
 KEPT = 32_768       # answers, the newest; 15,000 steps of Points24 win with some 5,000
 
@@ -59,11 +61,11 @@ class WonGames:
 def imitate(policy, optimizer, won, game, settings, generator: torch.Generator) -> dict:
     """Take up to settings.imitation steps on minibatches of kept answers; return their mean loss.
 
-    The loss is −log π(answer) a token, at the policy's temperature; the optimiser is PPO's, with
-    its moments and rate; target_kl does not limit it. game: a game of the run's task, to draw the
-    kept states with; its own state is as before afterwards. No answer comes twice in one call, and
-    only whole minibatches are taken, the same number by all processes. FloatingPointError where a
-    loss or a gradient is not finite.
+    The loss is −log π(answer) a token, at the policy's temperature. optimizer: not PPO's, whose
+    momentum would go on with PPO's last steps. target_kl does not limit these steps; kl_since
+    counts them. game: a game of the run's task, to draw the kept states with; its own state is as
+    before afterwards. No answer comes twice in one call, and only whole minibatches are taken, the
+    same number by all processes. FloatingPointError where a loss or a gradient is not finite.
     """
     size = settings.minibatch_size // parallel.size()
     fewest = parallel.concat(torch.tensor([len(won.kept) // size])).min().item()
@@ -71,8 +73,6 @@ def imitate(policy, optimizer, won, game, settings, generator: torch.Generator) 
     before, kept, losses = game.get_state(), list(won.kept), []
     drawn = torch.randperm(len(kept), generator=generator)[:most * size]
     for batch in drawn.view(most, size).tolist():
-        # subtle: no gradient at all for the value head. With one of zero, Adam's momentum would
-        # still move it.
         optimizer.zero_grad(set_to_none=True)
         answers = [kept[i][1] for i in batch]
         tokens, total = sum(map(len, answers)), torch.zeros(1)
@@ -93,6 +93,13 @@ def imitate(policy, optimizer, won, game, settings, generator: torch.Generator) 
         "won_answers": len(kept),
         "imitation_loss": sum(losses) / most if most else None,
     }
+
+
+def kl_since(policy, rollout, settings) -> float:
+    """The KL as approx_kl has it, of a whole rollout after all steps, PPO's and these."""
+    again = replace(rollout)            # a copy, to be scored anew
+    score_rollout(policy, again, settings)
+    return kl_estimate(parallel.concat(again.old_logp - rollout.old_logp)).item()
 
 
 def _observed(game, state, cot):

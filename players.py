@@ -8,7 +8,6 @@ Does not handle: letting a policy answer (rollout.act), playing episodes (eval.p
 endpoint (extras/endpoint.py).
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,7 @@ def open_policy(model="auto", task="blackjack", base=None, **given):
 
 
 def open_run(run, device="auto"):
-    """Return (policy of a run's last checkpoint, the run's settings, its temperature by now).
+    """Return (policy of a run's last checkpoint, the run's settings).
 
     ModelError where the folder has no whole checkpoint, one of another program, or settings of
     another version or run.
@@ -71,12 +70,11 @@ def open_run(run, device="auto"):
     if not (last / "adapter_config.json").exists():
         raise ModelError(f"{last} holds no adapters of a vision-language model: it is for the "
                          "program that made it")
-    update = int(last.name.removeprefix("checkpoint-"))
     policy, _ = open_policy(
         str(last), settings.task, base=settings.model, bits=settings.bits,
-        temperature=settings.temperature_at(update), device=device, **settings.world)
+        temperature=settings.temperature, device=device, **settings.world)
     load_value_head(policy.value_head, last)
-    return policy, replace(settings, temperature=policy.temperature)
+    return policy, settings
 
 
 # ---- without a model ---------------------------------------------------------------------------

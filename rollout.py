@@ -187,10 +187,7 @@ def add_advantages(policy, rollout: Rollout, settings):
     # would push good answers down and apart; advantage_floor limits that.
     everyones = parallel.concat(advantages.flatten())
     spread = max(everyones.std().item() + 1e-8, settings.advantage_floor)
-    advantages = (advantages.flatten() - everyones.mean()) / spread
-    # negative_weight is 1 in PPO: nothing happens here
-    rollout.advantages = torch.where(
-        advantages < 0, settings.negative_weight * advantages, advantages)
+    rollout.advantages = (advantages.flatten() - everyones.mean()) / spread
     rollout.returns = returns.flatten()
 
 

@@ -214,7 +214,7 @@ class Saver:
         weights = {
             name: tensor.detach().cpu().contiguous() for name, tensor in answer_parameters(policy)}
         save_file(weights, part / "weights.safetensors")
-        save_optimizer(optimizer, part)
+        save_optimizer(optimizer, part / "optimizer.safetensors")
         write_manifest(part, self.depends, self.settings)
         replace_checkpoint(whole, before[-1] if before else None)
 
@@ -228,7 +228,7 @@ class Saver:
         with torch.no_grad():
             for name, parameter in answer_parameters(policy):
                 parameter.copy_(stored[name])
-        load_optimizer(optimizer, newest)
+        load_optimizer(optimizer, newest / "optimizer.safetensors")
         return int(newest.name.removeprefix("checkpoint-"))
 
 

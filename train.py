@@ -24,7 +24,7 @@ import torch
 import parallel
 from env import make_game
 from eval import held_out
-from imitation import WonGames, imitate
+from imitation import WonGames, imitate, kl_since
 from plumbing.checkpoint import (
     check_run_folder,
     checkpoints,
@@ -59,6 +59,7 @@ class Run:
         answers = [p for _, p in answer_parameters(policy)]
         groups = [{"params": answers, "lr": settings.lr}, {"params": head, "lr": settings.value_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-7)
+        self.optimizers = {"optimizer": self.optimizer}     # all that a checkpoint keeps
 
         # One seed, independent streams: for each process its tokens, fallback actions and order of
         # samples; and one for each game, of which a process plays its share.
@@ -74,7 +75,11 @@ class Run:
         for game, seed in zip(self.games, deals[rank * share:]):
             # the first deal, above every held-out seed; later ones go on from its generator
             game.reset(seed=seed + 2**31)
-        self.imitation_buffer = WonGames(share) if settings.imitation else None
+        self.imitation_buffer = None
+        if settings.imitation:      # off by default
+            self.imitation_buffer = WonGames(share)
+            # its own, or its steps would go on with PPO's momentum
+            self.optimizers["imitation"] = torch.optim.Adam(answers, lr=settings.lr, eps=1e-7)
 
 
 def train(run, folder, report):
@@ -98,7 +103,7 @@ def train(run, folder, report):
 
         # update: some epochs of clipped PPO on this rollout
         learned = ppo_update(policy, run.optimizer, rollout, settings, run.shuffling)
-        if settings.imitation:      # off by default
+        if settings.imitation:
             learned |= imitate_own_wins(run, rollout)
         run.update += 1
         report.lap("update_s")
@@ -117,11 +122,9 @@ def train(run, folder, report):
 def anneal(run):
     """Each group's learning rate falls on a cosine to lr_end over the run's updates.
 
-    The last update is one step short of the cosine's end, so lr_end itself is reached after it. The
-    temperature stays, unless --temperature-end was given.
+    The last update is one step short of the cosine's end, so lr_end itself is reached after it.
     """
     settings = run.settings
-    run.policy.temperature = settings.temperature_at(run.update)
     done = min(1.0, run.update / settings.num_updates)      # 1 at most: no rise after the end
     for group, start in zip(run.optimizer.param_groups, (settings.lr, settings.value_lr)):
         # from 1 to 0
@@ -132,8 +135,11 @@ def anneal(run):
 def imitate_own_wins(run, rollout):
     """--imitation: learn once more from the games that this run has won (imitation.py)."""
     run.imitation_buffer.add(rollout)
-    return imitate(run.policy, run.optimizer, run.imitation_buffer, run.games[0], run.settings,
-                   run.shuffling)
+    optimizer = run.optimizers["imitation"]
+    optimizer.param_groups[0]["lr"] = run.optimizer.param_groups[0]["lr"]
+    found = imitate(run.policy, optimizer, run.imitation_buffer, run.games[0], run.settings,
+                    run.shuffling)
+    return found | {"kl_after_imitation": kl_since(run.policy, rollout, run.settings)}
 
 
 # ---- a whole run -------------------------------------------------------------------------------
@@ -157,7 +163,6 @@ def run_whole(run, folder, checkpoint=None, board=None):
     with Report(folder, run.settings, run.update, board) as report:
         train(run, folder, report)
     # the last checkpoint plays the held-out games, not the best one
-    run.policy.temperature = run.settings.temperature_at(run.update)
     held_out(run.policy, run.settings, run.update, folder / "eval.json", board)
 
 

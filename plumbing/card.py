@@ -40,8 +40,8 @@ this card too: edit a copy.
 """
 
 
-def write_card(part, script, settings, base_name, learned, playing=None):
-    """Write the card into the folder `part`. playing: the settings to evaluate with, if others."""
+def write_card(part, script, settings, base_name, learned):
+    """Write the card into the folder `part`."""
     on_the_hub = base_name not in SHIPPED and not Path(base_name).is_absolute()
     command = ["python", script, "--task", settings.task, "--model", settings.model]
     evaluate = ["python", "eval.py", "--task", settings.task, "--model", "FOLDER"]
@@ -51,7 +51,7 @@ def write_card(part, script, settings, base_name, learned, playing=None):
         licence=LICENCES.get(base_name, "unknown"), base=base_name, task=settings.task,
         learned=learned, seed=settings.seed, rank=settings.rank,
         parts=", ".join(settings.target_modules), command=shlex.join(command + flags_of(settings)),
-        evaluate=shlex.join(evaluate + flags_of(playing or settings, PLAYED_WITH)),
+        evaluate=shlex.join(evaluate + flags_of(settings, PLAYED_WITH)),
     ), encoding="utf-8")
 
 

@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -196,17 +195,17 @@ def replace_checkpoint(whole, before):
 
 
 # ---- a checkpoint ------------------------------------------------------------------------------
-def save_optimizer(optimizer, folder):
+def save_optimizer(optimizer, file):
     """Adam's moments and step counts; the rates are the caller's to set."""
     tensors = {}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{index}.{key}": value.cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, Path(folder) / "optimizer.safetensors")
+    save_file(tensors, file)
 
 
-def load_optimizer(optimizer, folder):
+def load_optimizer(optimizer, file):
     moments = {}
-    for name, tensor in load_file(Path(folder) / "optimizer.safetensors").items():
+    for name, tensor in load_file(file).items():
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
@@ -225,11 +224,11 @@ def save(run, folder):
     if parallel.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)     # of an interrupted try
         run.files.save(run.policy, part)
-        save_optimizer(run.optimizer, part)
+        for name, optimizer in run.optimizers.items():
+            save_optimizer(optimizer, part / f"{name}.safetensors")
         if (part / "adapter_config.json").exists():
             learned = f"{run.update} of {run.settings.num_updates} updates by PPO"
-            now = replace(run.settings, temperature=run.settings.temperature_at(run.update))
-            write_card(part, "train.py", run.settings, run.files.base_name, learned, now)
+            write_card(part, "train.py", run.settings, run.files.base_name, learned)
     parallel.wait()
     # each process has its own draws and its own games
     generators = {"sampling": run.sampling.get_state(), "shuffling": run.shuffling.get_state()}
@@ -279,7 +278,8 @@ def load(run, checkpoint):
     generators = load_file(checkpoint / f"generators{parallel.rank()}.safetensors")
     run.sampling.set_state(generators["sampling"])
     run.shuffling.set_state(generators["shuffling"])
-    load_optimizer(run.optimizer, checkpoint)
+    for name, optimizer in run.optimizers.items():
+        load_optimizer(optimizer, checkpoint / f"{name}.safetensors")
     run.update, run.fallback.bit_generator.state = stored["update"], stored["fallback"]
     with as_model_error(checkpoint):    # such as the data set's files, which may be others now
         for game, state in zip(run.games, stored["games"]):

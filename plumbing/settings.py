@@ -106,8 +106,6 @@ class Settings(ModelSettings):
     out: str = setting(None, "run folder (runs/TASK-seedN)")
     temperature: float = setting(
         0.2, "of sampling and scoring", pocket=0.5, paper=0.2, why="a weak start has to explore")
-    temperature_end: float = setting(
-        0.2, "the last update's: a flag of ours, else --temperature", pocket=0.5)
     # playing
     total_timesteps: int = setting(15_000, "environment steps in all", paper=15_000)
     num_envs: int = setting(64, "games side by side", paper=1, why="answers come in batches")
@@ -125,7 +123,6 @@ class Settings(ModelSettings):
     advantage_floor: float = setting(
         0.0, "advantages are divided by their standard deviation, by this at least", pocket=1.0,
         paper=0.0, why="V's errors are not blown up at the end")
-    negative_weight: float = setting(1.0, "of advantages below 0: a flag of ours", paper=1.0)
     imitation: int = setting(
         0, "minibatches of the run's own won games learned again after each update: a flag of ours "
         "(imitation.py)", paper=0)
@@ -169,26 +166,20 @@ class Settings(ModelSettings):
     def num_updates(self):
         return self.total_timesteps // self.batch_size
 
-    def temperature_at(self, update):
-        """The temperature of an update, counted from 0, and of what is played after the last."""
-        done = min(1.0, update / max(1, self.num_updates - 1))
-        return self.temperature + (self.temperature_end - self.temperature) * done
-
     def problem(self):
         for name in ("total_timesteps", "num_steps", "num_envs", "update_epochs", "minibatch_size",
                      "save_every", "max_new_tokens"):
             if getattr(self, name) < 1:
                 return f"{_flag(name)} must be 1 or more"
-        for name in ("cot_lambda", "gamma", "gae_lambda", "clip_coef", "negative_weight"):
+        for name in ("cot_lambda", "gamma", "gae_lambda", "clip_coef"):
             if not 0 <= getattr(self, name) <= 1:
                 return f"{_flag(name)} must lie between 0 and 1"
-        for name in ("lr", "value_lr", "lr_end", "rank", "temperature", "temperature_end",
-                     "micro_batch_size", "play_batch_size", "reward_scale", "max_grad_norm"):
+        for name in ("lr", "value_lr", "lr_end", "rank", "temperature", "micro_batch_size",
+                     "play_batch_size", "reward_scale", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 return f"{_flag(name)} must be above 0"
-        if min(self.temperature, self.temperature_end) < 1e-3:
-            return ("--temperature and --temperature-end must be 0.001 or more: logits are divided "
-                    "by them")
+        if self.temperature < 1e-3:
+            return "--temperature must be 0.001 or more: logits are divided by it"
         if self.lr_end > min(self.lr, self.value_lr):
             return "--lr-end must not be above --lr or --value-lr, which fall towards it"
         for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor",
@@ -226,8 +217,6 @@ def resolve(cls, given: dict, model=None):
     if model:
         values |= _of_the_model(model, given)
     values |= given | ({"model": model.name} if model else {})
-    if "temperature_end" not in given:
-        values["temperature_end"] = values.get("temperature")
     if values.get("full"):                      # sft.py
         if {"rank", "target_modules"} & set(given):
             raise ModelError("--full trains all weights and has no adapters: leave --rank and "

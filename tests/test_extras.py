@@ -600,10 +600,9 @@ def test_a_checkpoint_has_its_model_card(stopped_run):
 
 @pytest.mark.parametrize("task, given", [
     ("blackjack", {}), ("ezpoints", {"cot": False, "seed": 3, "target_modules": ("language",)}), ("alfworld", {}),
-    ("points24", {"imitation": 8, "negative_weight": 0.25, "temperature": 0.3, "temperature_end": 0.1}),
+    ("points24", {"imitation": 8, "temperature": 0.3}),
     ("numberline", {"lr": 1e-5, "target_kl": 0.0, "temperature": 0.2}),
-    ("alfworld", {"cot_lambda": 0.5, "num_envs": 64, "receptacles": 8}),
-    ("blackjack", {"temperature_end": 0.2})])
+    ("alfworld", {"cot_lambda": 0.5, "num_envs": 64, "receptacles": 8})])
 def test_a_cards_command_gives_the_runs_settings(tmp_path, task, given):
     """Also where the run's setting is another model's or game's default."""
     settings = pocket_settings(task, **given)

@@ -1,85 +1,23 @@
-"""What is ours and off by default: self-imitation, a falling temperature, a weight of advantages below 0."""
+"""Self-imitation, which is ours and off by default."""
 
 import copy
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import eval as evaluation
 import imitation
 import parallel
-import players
 import ppo
-import rollout as playing
 import train
-from env import TASKS
 from plumbing import checkpoint
-from plumbing.settings import Settings, resolve
-from policy import Policy
-from tests.common import make_run, play_out, pocket_settings, run_metrics, stop_at
+from tests.common import make_run, play_out, run_metrics, stop_at
 
 
 def imitate(run):
-    return imitation.imitate(run.policy, run.optimizer, run.imitation_buffer, run.games[0], run.settings, run.shuffling)
-
-
-def test_the_temperature_falls_in_even_steps_and_is_played_with(shipped, tiny, tmp_path, monkeypatch, capsys):
-    """In rollouts, scores and held-out games alike; eval.py knows a run's."""
-    run, seen = make_run(shipped, "numberline", temperature_end=0.1, total_timesteps=80, num_envs=4,
-                         max_new_tokens=20, update_epochs=1), []
-    log_softmax = Policy._log_softmax
-    monkeypatch.setattr(Policy, "_log_softmax", lambda self, hidden: (
-        seen.append(self.temperature), log_softmax(self, hidden))[1])
-    for run.update in (3, 11):                              # on its way, and at its end
-        train.anneal(run)
-        rollout = play_out(run)
-        assert ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)["ratio_error"] == 0
-        assert {round(temperature, 9) for temperature in seen} == {round(max(0.1, 0.5 - 0.4 * run.update / 9), 9)}
-        seen.clear()
-    once = pocket_settings("numberline", total_timesteps=512, temperature=0.5, temperature_end=0.1)
-    assert once.temperature_at(0) == 0.5 and once.temperature_at(1) == pytest.approx(0.1)       # one update
-    train.main(["--task", "numberline", "--model", str(tiny), "--num-envs", "4", "--num-steps", "2",
-                "--total-timesteps", "16", "--rank", "2", "--max-new-tokens", "5", "--eval-episodes", "4",
-                "--temperature-end", "0.25", "--out", str(tmp_path / "run")])
-    card_says = (checkpoint.newest_checkpoint(tmp_path / "run") / "README.md").read_text()
-    assert "--temperature-end 0.25" in card_says and "--temperature 0.25" in card_says
-    policy, _ = players.open_run(tmp_path / "run")
-    assert policy.temperature == pytest.approx(0.25) == seen[-1]
-    asked = ["--task", "numberline", "--run", str(tmp_path / "run"), "--episodes", "2"]
-    for more, temperature in (([], 0.25), (["--temperature", "0.125"], 0.125)):
-        evaluation.main([*asked, *more])
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["temperature"] == temperature == seen[-1]
-
-
-def test_a_temperature_that_was_chosen_stays():
-    """It falls only where that was asked for, on every game."""
-    large = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_settings={},
-                            device="cpu")
-    for model, chosen, expected in ((None, {}, (0.2, 0.2)), (large, {}, (0.2, 0.2)),
-                                    (large, {"temperature": 0.5}, (0.5, 0.5)),
-                                    (large, {"temperature_end": 0.1}, (0.2, 0.1))):
-        settings = resolve(Settings, {"task": "points24", **chosen}, model)
-        assert (settings.temperature, settings.temperature_end) == expected
-    for task in TASKS:
-        for chosen, expected in (({}, (0.5, 0.5)), ({"temperature": 0.3}, (0.3, 0.3)),
-                                 ({"temperature": 0.5, "temperature_end": 0.1}, (0.5, 0.1)),
-                                 ({"temperature_end": 0.2}, (0.5, 0.2))):
-            settings = pocket_settings(task, **chosen)
-            assert (settings.temperature, settings.temperature_end) == expected
-    assert players.open_policy("pocket", task="points24")[0].temperature == 0.5
-
-
-def test_advantages_below_0_may_weigh_less(shipped):
-    """Computed beside: the same rollout, once with the weight 1 and once with 0.25."""
-    run = make_run(shipped, "blackjack")
-    rollout = play_out(run)
-    plain = rollout.advantages
-    assert (plain < 0).any() and (plain > 0).any() and plain.mean().abs() < 1e-6
-    playing.add_advantages(run.policy, rollout, replace(run.settings, negative_weight=0.25))
-    assert rollout.advantages.tolist() == [a if a >= 0 else 0.25 * a for a in plain.tolist()]
+    return imitation.imitate(run.policy, run.optimizers["imitation"], run.imitation_buffer, run.games[0], run.settings,
+                             run.shuffling)
 
 
 def test_what_is_kept_of_won_games():
@@ -134,6 +72,40 @@ def test_imitation_makes_won_answers_likelier(shipped, monkeypatch):
     assert not any(run.optimizer.state[p] for p in run.optimizer.param_groups[1]["params"])
 
 
+def test_imitation_does_not_go_on_with_ppos_momentum(shipped, monkeypatch):
+    """After an update of PPO, steps without a gradient move nothing, and PPO's moments stay as they are."""
+    run = make_run(shipped, "ezpoints", imitation=2, minibatch_size=8, num_steps=6, total_timesteps=96)
+    rollout = play_out(run)
+    ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
+    run.imitation_buffer.add(rollout)
+    before = [p.detach().clone() for _, p in run.policy.trainable()]
+    moments = copy.deepcopy(run.optimizer.state_dict()["state"])
+
+    def silent(optimizer, loss, settings):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.zero_()
+
+    with monkeypatch.context() as control:
+        control.setattr(imitation, "prepare_step", silent)
+        assert imitate(run)["won_answers"] >= 16
+    assert all(torch.equal(old, p) for old, (_, p) in zip(before, run.policy.trainable()))
+    found = train.imitate_own_wins(run, rollout)
+    assert any(not torch.equal(old, p) for old, (_, p) in zip(before, run.policy.trainable()))
+    assert all(torch.equal(old[key], moments_now[key]) for old, moments_now in zip(
+        moments.values(), run.optimizer.state_dict()["state"].values()) for key in old)
+    # its KL counts all steps: every sample scored again, by hand
+    total = 0.0
+    for group, shape in rollout.micro_batches(range(len(rollout.responses))):
+        with torch.no_grad():
+            logp, mask, _ = run.policy.logprobs([rollout.prompts[i] for i in group],
+                                                [rollout.responses[i] for i in group], shape)
+        new = ppo.answer_logprob(logp, mask, rollout.action_starts[group], run.settings.cot_lambda)
+        d = new - rollout.old_logp[group]
+        total += (d.exp() - 1 - d).sum().item()
+    assert found["kl_after_imitation"] == pytest.approx(total / len(rollout.responses), rel=1e-4) and total > 0
+
+
 def test_processes_imitate_equally_often(shipped, monkeypatch):
     """Each takes as many steps as the one that has kept the fewest; a minibatch is shared out among them."""
     run, asked, scored = make_run(shipped, "numberline", imitation=3, minibatch_size=8), [], []
@@ -144,7 +116,7 @@ def test_processes_imitate_equally_often(shipped, monkeypatch):
     scored.clear()
     run.imitation_buffer.kept.extend(zip(rollout.states, rollout.responses))
     monkeypatch.setattr(run.policy, "encode_answers", None)             # sampled ids are learned, not the text's
-    monkeypatch.setattr(run.optimizer, "step", lambda: asked.append(0))
+    monkeypatch.setattr(run.optimizers["imitation"], "step", lambda: asked.append(0))
     for other, steps in ((None, 3), (0, 0), (2, 2)):
         if other is not None:
             monkeypatch.setattr(parallel, "size", lambda: 2)
@@ -159,8 +131,7 @@ def test_processes_imitate_equally_often(shipped, monkeypatch):
 def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
     command = ["--task", "numberline", "--model", "pocket", "--num-envs", "8", "--num-steps", "4", "--rank", "2",
                "--total-timesteps", "64", "--minibatch-size", "4", "--update-epochs", "1", "--eval-episodes", "0",
-               "--max-new-tokens", "80", "--imitation", "1", "--negative-weight", "0.5", "--temperature", "0.3",
-               "--temperature-end", "0.2"]
+               "--max-new-tokens", "80", "--imitation", "1"]
     train.main([*command, "--out", str(tmp_path / "whole")])
     with monkeypatch.context() as stopped:
         stopped.setattr(train, "save", stop_at(1, checkpoint.save))
@@ -171,7 +142,7 @@ def test_a_run_that_imitates_itself_goes_on_as_if_never_stopped(tmp_path, monkey
     assert one == other
     rows = run_metrics(tmp_path / "whole")
     assert rows[-1]["won_answers"] > rows[0]["won_answers"] >= 4 and rows[-1]["imitation_loss"] > 0
-    for file in ("adapter_model.safetensors", "optimizer.safetensors", "process0.json"):
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "imitation.safetensors", "process0.json"):
         one, other = ((checkpoint.newest_checkpoint(tmp_path / name) / file).read_bytes()
                       for name in ("whole", "stopped"))
         assert one == other

@@ -163,7 +163,7 @@ def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
         if paper is not None and {entry.default, entry.metadata["pocket"]} - {paper, None}:
             assert f"the paper {paper}: " in flags[entry.name], entry.name
         told = told.removesuffix("]").split("; ")           # such as 0.2; pocket 0.5; the paper 0.1: a reason
-        if entry.name in ("task", "out", "model", "temperature_end", "bits", "device"):           # the meaning tells it
+        if entry.name in ("task", "out", "model", "bits", "device"):           # the meaning tells it
             continue
         for (task, kind), settings in found.items():
             value = getattr(settings, entry.name)
@@ -171,7 +171,6 @@ def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
             own += [line for line in told if kind == "pocket" and line.startswith("pocket ")]
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             assert (own or told)[0].split()[-1] == text, (entry.name, task, kind)
-    assert "else --temperature" in run_settings.make_parser(Settings).format_help()
 
 
 def test_of_several_defaults_the_nearest_wins(tmp_path, monkeypatch):
