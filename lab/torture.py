@@ -7,7 +7,8 @@
 A tiny random model trains on NumberLine in forked processes that die: at each call that writes, and
 at random moments; or whose disk is full at each such call; or that are two, as torchrun starts
 them, one of which dies. Each run is resumed and must end, byte for byte, as the run that was left
-alone. Every file of a checkpoint gets flipped bits, and must be refused.
+alone. Every file that a run goes on from gets flipped bits, its folder is mixed up, and both must
+be refused.
 """
 
 import itertools
@@ -40,6 +41,15 @@ WRITES = (
 PIECES = (
     '"action"', ":", '"hit"', '"', "{", "}", "\\", " ", "\n", "hit", "ſ", "\ud7ff", "😀", "\x00",
     "}" * 50, "action")
+# what a copy, a sync or a hurried hand makes of a run's folder
+MIX_UPS = (
+    lambda run, last: last.rename(run / "checkpoint-000001"),
+    lambda run, last: (last / "value_head.safetensors").unlink(),
+    lambda run, last: (run / "metrics.jsonl").unlink(),
+    lambda run, last: shutil.copy(run / "metrics.jsonl", run / "transcripts.jsonl"),
+    lambda run, last: (run / "eval_start.json").write_text("{}"),
+    lambda run, last: shutil.move(last, run.parent / f"{run.name}-moved") and last.symlink_to(
+        run.parent / f"{run.name}-moved"))
 LEGAL = ("stand", "hit", "10", "1")
 
 
@@ -156,9 +166,11 @@ def torture_kills(command, folder, expected, tries, seconds, generator, count):
             yield goes_on(command, run, text, expected, count)
 
 
-def torture_damage(command, run, generator, flips):
-    """A bit flipped in each file of a checkpoint, some times each."""
-    for file in sorted(checkpoint.newest_checkpoint(run).iterdir()) * flips:
+def torture_damage(command, run, model, generator, flips):
+    """A bit flipped in each file of a checkpoint, of the run's lines, of its model, in turn."""
+    files = [*checkpoint.newest_checkpoint(run).iterdir(), *model.iterdir()]
+    files += [run / name for name in checkpoint.LINES]
+    for file in sorted(files) * flips:
         whole = file.read_bytes()
         damaged, place = bytearray(whole), generator.randrange(len(whole))
         damaged[place] ^= 1 << generator.randrange(8)
@@ -166,6 +178,16 @@ def torture_damage(command, run, generator, flips):
         well, text = end(*start(command, run, "--resume"))
         yield not well and "Traceback" not in text
         file.write_bytes(whole)
+
+
+def torture_mix_ups(command, run):
+    """A copy of the run's folder, mixed up in each way."""
+    for number, mix_up in enumerate(MIX_UPS):
+        other = run.with_name(f"mixed-{number}")
+        shutil.copytree(run, other)
+        mix_up(other, checkpoint.newest_checkpoint(other))
+        well, text = end(*start(command, other, "--resume"))
+        yield not well and "Traceback" not in text
 
 
 def torture_answers(count, generator):
@@ -202,8 +224,9 @@ def torture(folder, options):
         "disk full at each call that writes, resumed": writes(no_space),
         "killed at a random moment, resumed": kills(1),
         "one of two processes killed, both resumed": kills(2),
-        "one bit of a checkpoint's file flipped, refused":
-            torture_damage(command, folder / "alone-1", generator, options.flips),
+        "one bit flipped of what a run goes on from, refused": torture_damage(
+            command, folder / "alone-1", folder / "model", generator, options.flips),
+        "a run's folder mixed up, refused": torture_mix_ups(command, folder / "alone-1"),
         "hostile answers, read": torture_answers(options.answers, generator)}
     found = {}
     for name, tries in rows.items():
