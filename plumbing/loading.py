@@ -75,7 +75,11 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
     """
     if not model:
         raise ModelError("--model is empty: an unset variable?")
-    device = _device(device)
+    if device == "cpu" or not torch.cuda.is_available():
+        device = "cpu"
+    else:
+        device = f"cuda:{torch.cuda.current_device()}"
+        try_gpu(device)
     # ALFWorld's pocket model has another vocabulary
     own, other = "pocket", "pocket-alfworld"
     if task == "alfworld":
@@ -105,19 +109,11 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
     return FoundModel(name, base_model, adapters, folder, _config(folder), device, why)
 
 
-def _device(asked):
-    """The GPU to use, or "cpu"; ModelError where this PyTorch has no kernels for the GPU."""
-    if asked == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    built = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list()
-             if name.startswith("sm_")]
-    if built and 10 * major + minor < min(built):
-        raise ModelError(
-            f"this GPU is of compute capability {major}.{minor}, and this PyTorch has kernels from "
-            f"{min(built) / 10} on: --device cpu leaves it alone, or install a PyTorch that was "
-            "built for it (pytorch.org/get-started/previous-versions)")
-    return f"cuda:{torch.cuda.current_device()}"
+def try_gpu(device):
+    """ModelError where this PyTorch cannot compute on the GPU; it may have no kernels for it."""
+    with as_model_error("this GPU (too old for this PyTorch? --device cpu leaves it alone)",
+                        RuntimeError):
+        (torch.zeros(1, device=device) + 1).item()
 
 
 def _config(name):
