@@ -90,8 +90,8 @@ def first_lines(path, count):
 
 def keep_lines(folder, count):
     """Cut a run's files back to `count` lines: what came after the checkpoint is played again."""
-    for path in (folder / name for name in (*LINES, "timing.jsonl")):
-        kept = first_lines(path, count)
+    for name in (*LINES, "timing.jsonl"):
+        path, kept = folder / name, first_lines(folder / name, count)
         if path.exists() and path.stat().st_size > len(kept):
             with as_model_error(path):
                 write_whole(path, kept.decode())
