@@ -35,78 +35,87 @@ _UP = 4                         # drawn four times too large: scaling down smoot
 # Where the pips of a number card sit, as (x, y) shares of the card; x columns and y rows as on
 # real cards.
 _L, _M, _R = 0.40, 0.50, 0.60
+_CORNERS = [(_L, .2), (_R, .2), (_L, .8), (_R, .8)]
+_SIX = [*_CORNERS, (_L, .5), (_R, .5)]
+_EIGHT = [(x, y) for y in (.16, .39, .61, .84) for x in (_L, _R)]
 _PIPS = {
     1: [(_M, .5)],
     2: [(_M, .2), (_M, .8)],
     3: [(_M, .2), (_M, .5), (_M, .8)],
-    4: [(_L, .2), (_R, .2), (_L, .8), (_R, .8)],
-    5: [(_L, .2), (_R, .2), (_M, .5), (_L, .8), (_R, .8)],
-    6: [(_L, .2), (_R, .2), (_L, .5), (_R, .5), (_L, .8), (_R, .8)],
-    7: [(_L, .2), (_R, .2), (_M, .35), (_L, .5), (_R, .5), (_L, .8), (_R, .8)],
-    8: [(_L, .2), (_R, .2), (_M, .35), (_L, .5), (_R, .5), (_M, .65), (_L, .8), (_R, .8)],
-    9: [(x, y) for y in (.16, .39, .61, .84) for x in (_L, _R)] + [(_M, .5)],
-    10: [(x, y) for y in (.16, .39, .61, .84) for x in (_L, _R)] + [(_M, .275), (_M, .725)],
+    4: _CORNERS,
+    5: [*_CORNERS, (_M, .5)],
+    6: _SIX,
+    7: [*_SIX, (_M, .35)],
+    8: [*_SIX, (_M, .35), (_M, .65)],
+    9: [*_EIGHT, (_M, .5)],
+    10: [*_EIGHT, (_M, .275), (_M, .725)],
+}
+
+# The suit symbols, in half-heights from their centre: discs (x, y, radius), then polygons.
+_STEM = [(0, 0), (.35, 1), (-.35, 1)]
+_SYMBOLS = {
+    "clubs": (
+        [(0, -.45, .45), (-.5, .2, .45), (.5, .2, .45), (0, 0, .25)],
+        [_STEM]),
+    "diamonds": (
+        [],
+        [[(0, -1), (.75, 0), (0, 1), (-.75, 0)]]),
+    "hearts": (
+        [(-.45, -.4, .5), (.45, -.4, .5)],
+        [[(-.92, -.2), (.92, -.2), (0, 1)]]),
+    "spades": (
+        [(-.42, .25, .48), (.42, .25, .48)],
+        [[(-.88, .1), (.88, .1), (0, -1)], _STEM]),
 }
 
 
 # ---- parts of cards, over-sized ----------------------------------------------------------------
 def _suit(pen, suit, x, y, r):
     """Draw a suit symbol of half-height r centred on (x, y), in over-sized pixels."""
-    color = RED if suit in ("hearts", "diamonds") else INK
+    color = _color(suit)
+    discs, polygons = _SYMBOLS[suit]
+    for dx, dy, size in discs:
+        pen.circle((x + dx * r, y + dy * r), size * r, fill=color)
+    for corners in polygons:
+        pen.polygon(_placed(corners, x, y, r), fill=color)
 
-    def disc(cx, cy, cr):
-        pen.ellipse([cx - cr, cy - cr, cx + cr, cy + cr], fill=color)
 
-    if suit == "diamonds":
-        pen.polygon([(x, y - r), (x + .75 * r, y), (x, y + r), (x - .75 * r, y)], fill=color)
-        return
-    if suit == "hearts":
-        disc(x - .45 * r, y - .4 * r, .5 * r)
-        disc(x + .45 * r, y - .4 * r, .5 * r)
-        pen.polygon([(x - .92 * r, y - .2 * r), (x + .92 * r, y - .2 * r), (x, y + r)], fill=color)
-        return
-    if suit == "spades":
-        disc(x - .42 * r, y + .25 * r, .48 * r)
-        disc(x + .42 * r, y + .25 * r, .48 * r)
-        pen.polygon([(x - .88 * r, y + .1 * r), (x + .88 * r, y + .1 * r), (x, y - r)], fill=color)
-    else:
-        disc(x, y - .45 * r, .45 * r)
-        disc(x - .5 * r, y + .2 * r, .45 * r)
-        disc(x + .5 * r, y + .2 * r, .45 * r)
-        disc(x, y, .25 * r)
-    # the stem
-    pen.polygon([(x, y), (x + .35 * r, y + r), (x - .35 * r, y + r)], fill=color)
+def _color(suit):
+    return RED if suit in ("hearts", "diamonds") else INK
+
+
+def _placed(points, x, y, r):
+    """Points in multiples of r from (x, y), in over-sized pixels."""
+    return [(x + dx * r, y + dy * r) for dx, dy in points]
 
 
 def _figure(pen, rank, x, y, r):
     """Draw the upper half of a court figure that stands on y: shoulders, head, cap or crown."""
+    def at(*points):
+        return _placed(points, x, y, r)
+
     cloth = {"J": BLUE, "Q": RED, "K": INK}[rank]
-    shoulders = [
-        (x - 1.25 * r, y), (x - .8 * r, y - .7 * r), (x + .8 * r, y - .7 * r), (x + 1.25 * r, y)]
-    pen.polygon(shoulders, fill=cloth)
-    pen.polygon([(x - .3 * r, y - .7 * r), (x + .3 * r, y - .7 * r), (x, y - .1 * r)], fill=GOLD)
+    pen.polygon(at((-1.25, 0), (-.8, -.7), (.8, -.7), (1.25, 0)), fill=cloth)
+    pen.polygon(at((-.3, -.7), (.3, -.7), (0, -.1)), fill=GOLD)
 
     if rank == "Q":
         # long hair
-        pen.ellipse([x - .75 * r, y - 1.75 * r, x + .75 * r, y - .45 * r], fill=(110, 66, 30))
-    pen.ellipse([x - .5 * r, y - 1.65 * r, x + .5 * r, y - .6 * r], fill=SKIN)
+        pen.ellipse(at((-.75, -1.75), (.75, -.45)), fill=(110, 66, 30))
+    pen.ellipse(at((-.5, -1.65), (.5, -.6)), fill=SKIN)
 
     if rank == "J":
         # a cap with a feather
-        cap = [(x - .6 * r, y - 1.4 * r), (x + .6 * r, y - 1.4 * r), (x + .2 * r, y - 1.95 * r)]
-        feather = [(x + .2 * r, y - 1.9 * r), (x + .9 * r, y - 2.1 * r)]
-        pen.polygon(cap, fill=BLUE)
-        pen.line(feather, fill=RED, width=int(.15 * r))
+        pen.polygon(at((-.6, -1.4), (.6, -1.4), (.2, -1.95)), fill=BLUE)
+        pen.line(at((.2, -1.9), (.9, -2.1)), fill=RED, width=int(.15 * r))
     else:
         # a crown; the king's is higher, and he has a beard
-        top = y - (2.1 if rank == "K" else 1.95) * r
-        crown = [
-            (x - .6 * r, y - 1.4 * r), (x - .65 * r, top), (x - .25 * r, y - 1.65 * r), (x, top),
-            (x + .25 * r, y - 1.65 * r), (x + .65 * r, top), (x + .6 * r, y - 1.4 * r)]
+        top = -2.1 if rank == "K" else -1.95
+        crown = at(
+            (-.6, -1.4), (-.65, top), (-.25, -1.65), (0, top), (.25, -1.65), (.65, top),
+            (.6, -1.4))
         pen.polygon(crown, fill=GOLD)
     if rank == "K":
-        beard = [x - .5 * r, y - 1.5 * r, x + .5 * r, y - .5 * r]
-        pen.pieslice(beard, 20, 160, fill=(90, 60, 40))
+        pen.pieslice(at((-.5, -1.5), (.5, -.5)), 20, 160, fill=(90, 60, 40))
 
 
 def _blank():
@@ -122,7 +131,7 @@ def _blank():
 def card(rank, suit):
     """A face-up card as an array (CARD_H, CARD_W, 3): `card("10", "hearts")`."""
     picture = _blank()
-    color = RED if suit in ("hearts", "diamonds") else INK
+    color = _color(suit)
     pen = ImageDraw.Draw(picture)
     w, h = CARD_W * _UP, CARD_H * _UP
     if rank in ("J", "Q", "K"):
