@@ -118,22 +118,27 @@ def _figure(pen, rank, x, y, r):
         pen.pieslice(at((-.5, -1.5), (.5, -.5)), 20, 160, fill=(90, 60, 40))
 
 
+def sheet(width, height, color):
+    """A picture of one colour, and the pen that draws on it."""
+    picture = Image.new("RGB", (width, height), color)
+    return picture, ImageDraw.Draw(picture)
+
+
 def _blank():
-    """An empty card, over-sized."""
-    picture = Image.new("RGB", (CARD_W * _UP, CARD_H * _UP), LINE)
+    """An empty card, over-sized, and its pen."""
+    picture, pen = sheet(CARD_W * _UP, CARD_H * _UP, LINE)
     edge = [_UP, _UP, (CARD_W - 1) * _UP, (CARD_H - 1) * _UP]
-    ImageDraw.Draw(picture).rounded_rectangle(edge, 6 * _UP, fill=PAPER)
-    return picture
+    pen.rounded_rectangle(edge, 6 * _UP, fill=PAPER)
+    return picture, pen
 
 
 # ---- sprites -----------------------------------------------------------------------------------
 @cache
 def card(rank, suit):
     """A face-up card as an array (CARD_H, CARD_W, 3): `card("10", "hearts")`."""
-    picture = _blank()
+    picture, pen = _blank()
     color = _color(suit)
-    pen = ImageDraw.Draw(picture)
-    w, h = CARD_W * _UP, CARD_H * _UP
+    w, h = picture.size
     if rank in ("J", "Q", "K"):
         pen.rectangle([.345 * w, .11 * h, .655 * w, .89 * h], outline=GOLD, width=_UP)
         _figure(pen, rank, .5 * w, .5 * h, .12 * w)
@@ -146,10 +151,9 @@ def card(rank, suit):
     # fanned card shows.
     font = ImageFont.load_default(33 * _UP)
     stroke = _UP // 2
-    left, top, right, bottom = (int(v) for v in font.getbbox(rank, stroke_width=stroke))
-    letters = Image.new("RGB", (right - left, bottom - top), PAPER)
-    ImageDraw.Draw(letters).text(
-        (-left, -top), rank, fill=color, font=font, stroke_width=stroke, stroke_fill=color)
+    left, top, right, bottom = map(int, font.getbbox(rank, stroke_width=stroke))
+    letters, letter_pen = sheet(right - left, bottom - top, PAPER)
+    letter_pen.text((-left, -top), rank, fill=color, font=font, stroke_width=stroke)
     letters = letters.resize((min(letters.width, 25 * _UP), 25 * _UP))
     picture.paste(letters, (15 * _UP - letters.width // 2, 4 * _UP))
     _suit(pen, suit, 15 * _UP, 39 * _UP, 8 * _UP)
@@ -169,9 +173,8 @@ def card(rank, suit):
 @cache
 def card_back():
     """A face-down card (CARD_H, CARD_W, 3): a lattice on blue."""
-    picture = _blank()
-    pen = ImageDraw.Draw(picture)
-    w, h = CARD_W * _UP, CARD_H * _UP
+    picture, pen = _blank()
+    w, h = picture.size
     pen.rounded_rectangle([5 * _UP, 5 * _UP, w - 5 * _UP, h - 5 * _UP], 4 * _UP, fill=BLUE)
 
     # the lattice is drawn on a piece of its own, so that it leaves a blue rim
@@ -185,13 +188,11 @@ def card_back():
 
 
 @cache
-def _card_ends():
-    """Two (7, CARD_W, 3) bool: the card's first and last 7 rows without the rounded corners."""
-    mask = Image.new("RGB", (CARD_W, CARD_H))
-    edge = [0, 0, CARD_W - 1, CARD_H - 1]
-    ImageDraw.Draw(mask).rounded_rectangle(edge, 7, fill=(255, 255, 255))
-    mask = np.asarray(mask) > 0
-    return mask[:7], mask[-7:]
+def _card_shape():
+    """(CARD_H, CARD_W, 3) bool: a card without what is outside of its rounded corners."""
+    mask, pen = sheet(CARD_W, CARD_H, "black")
+    pen.rounded_rectangle([0, 0, CARD_W - 1, CARD_H - 1], 7, fill="white")
+    return np.asarray(mask) > 0
 
 
 @lru_cache(maxsize=1024)
@@ -200,16 +201,16 @@ def word(text, size, color=PAPER, background=FELT):
     font = ImageFont.load_default(size)
     width = int(font.getlength(text)) + 1
     height = int(size * 1.3)
-    picture = Image.new("RGB", (width, height), background)
-    ImageDraw.Draw(picture).text((0, size), text, fill=color, font=font, anchor="ls")
+    picture, pen = sheet(width, height, background)
+    pen.text((0, size), text, fill=color, font=font, anchor="ls")
     return np.asarray(picture)
 
 
 @cache
 def _felt():
-    picture = Image.new("RGB", (SIZE, SIZE), FELT)
+    picture, pen = sheet(SIZE, SIZE, FELT)
     edge = [3, 3, SIZE - 4, SIZE - 4]
-    ImageDraw.Draw(picture).rounded_rectangle(edge, 12, outline=(196, 160, 84), width=2)
+    pen.rounded_rectangle(edge, 12, outline=(196, 160, 84), width=2)
     return np.asarray(picture)
 
 
@@ -228,12 +229,8 @@ def put(canvas, sprite, x, y):
 def put_card(canvas, rank, suit, x, y):
     """Put a card on the table; rank None is a face-down card."""
     sprite = card_back() if rank is None else card(rank, suit)
-    place = canvas[y:y + CARD_H, x:x + CARD_W]
-    place[7:-7] = sprite[7:-7]
-    # only the ends have rounded corners, beside which the table shows
-    top, bottom = _card_ends()
-    np.copyto(place[:7], sprite[:7], where=top)
-    np.copyto(place[-7:], sprite[-7:], where=bottom)
+    # beside its rounded corners the table shows
+    np.copyto(canvas[y:y + CARD_H, x:x + CARD_W], sprite, where=_card_shape())
 
 
 def put_hand(canvas, cards, y):
