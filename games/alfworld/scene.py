@@ -12,7 +12,7 @@ Does not handle: what is there (games/alfworld/game.py), canvases and how sprite
 """
 
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import ImageFont
@@ -55,7 +55,7 @@ def draw_scene(info: dict) -> np.ndarray:
     # below
     if holding is not None:
         put(canvas, _tile(holding), 100, 232)
-        for i, badge in enumerate(("hot", "cool", "clean")):
+        for i, badge in enumerate(BADGE_COLORS):
             if badge in info["badges"]:
                 put(canvas, _badge(badge), 176 + 40 * i, 238)
     return canvas
@@ -76,7 +76,7 @@ def _label(pen, text, box, size, fill):
     pen.text(centre, text, fill=fill, font=_font(text, size, x1 - x0 - 4), anchor="mm")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _room():
     picture, pen = sheet(SIZE, SIZE, ROOM)
     pen.rectangle([0, 222, SIZE, SIZE], fill=FLOOR)
@@ -138,7 +138,7 @@ def _tile(name):
     return np.asarray(picture)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _badge(badge):
     """What was done to the object that is held: a disc in its colour."""
     picture, pen = sheet(36, 44, FLOOR)
