@@ -35,96 +35,110 @@ _UP = 4                         # drawn four times too large: scaling down smoot
 # Where the pips of a number card sit, as (x, y) shares of the card; x columns and y rows as on
 # real cards.
 _L, _M, _R = 0.40, 0.50, 0.60
+_CORNERS = [(_L, .2), (_R, .2), (_L, .8), (_R, .8)]
+_SIX = [*_CORNERS, (_L, .5), (_R, .5)]
+_EIGHT = [(x, y) for y in (.16, .39, .61, .84) for x in (_L, _R)]
 _PIPS = {
     1: [(_M, .5)],
     2: [(_M, .2), (_M, .8)],
     3: [(_M, .2), (_M, .5), (_M, .8)],
-    4: [(_L, .2), (_R, .2), (_L, .8), (_R, .8)],
-    5: [(_L, .2), (_R, .2), (_M, .5), (_L, .8), (_R, .8)],
-    6: [(_L, .2), (_R, .2), (_L, .5), (_R, .5), (_L, .8), (_R, .8)],
-    7: [(_L, .2), (_R, .2), (_M, .35), (_L, .5), (_R, .5), (_L, .8), (_R, .8)],
-    8: [(_L, .2), (_R, .2), (_M, .35), (_L, .5), (_R, .5), (_M, .65), (_L, .8), (_R, .8)],
-    9: [(x, y) for y in (.16, .39, .61, .84) for x in (_L, _R)] + [(_M, .5)],
-    10: [(x, y) for y in (.16, .39, .61, .84) for x in (_L, _R)] + [(_M, .275), (_M, .725)],
+    4: _CORNERS,
+    5: [*_CORNERS, (_M, .5)],
+    6: _SIX,
+    7: [*_SIX, (_M, .35)],
+    8: [*_SIX, (_M, .35), (_M, .65)],
+    9: [*_EIGHT, (_M, .5)],
+    10: [*_EIGHT, (_M, .275), (_M, .725)],
+}
+
+# The suit symbols, in half-heights from their centre: discs (x, y, radius), then polygons.
+_STEM = [(0, 0), (.35, 1), (-.35, 1)]
+_SYMBOLS = {
+    "clubs": (
+        [(0, -.45, .45), (-.5, .2, .45), (.5, .2, .45), (0, 0, .25)],
+        [_STEM]),
+    "diamonds": (
+        [],
+        [[(0, -1), (.75, 0), (0, 1), (-.75, 0)]]),
+    "hearts": (
+        [(-.45, -.4, .5), (.45, -.4, .5)],
+        [[(-.92, -.2), (.92, -.2), (0, 1)]]),
+    "spades": (
+        [(-.42, .25, .48), (.42, .25, .48)],
+        [[(-.88, .1), (.88, .1), (0, -1)], _STEM]),
 }
 
 
 # ---- parts of cards, over-sized ----------------------------------------------------------------
 def _suit(pen, suit, x, y, r):
     """Draw a suit symbol of half-height r centred on (x, y), in over-sized pixels."""
-    color = RED if suit in ("hearts", "diamonds") else INK
+    color = _color(suit)
+    discs, polygons = _SYMBOLS[suit]
+    for dx, dy, size in discs:
+        pen.circle((x + dx * r, y + dy * r), size * r, fill=color)
+    for corners in polygons:
+        pen.polygon(_placed(corners, x, y, r), fill=color)
 
-    def disc(cx, cy, cr):
-        pen.ellipse([cx - cr, cy - cr, cx + cr, cy + cr], fill=color)
 
-    if suit == "diamonds":
-        pen.polygon([(x, y - r), (x + .75 * r, y), (x, y + r), (x - .75 * r, y)], fill=color)
-        return
-    if suit == "hearts":
-        disc(x - .45 * r, y - .4 * r, .5 * r)
-        disc(x + .45 * r, y - .4 * r, .5 * r)
-        pen.polygon([(x - .92 * r, y - .2 * r), (x + .92 * r, y - .2 * r), (x, y + r)], fill=color)
-        return
-    if suit == "spades":
-        disc(x - .42 * r, y + .25 * r, .48 * r)
-        disc(x + .42 * r, y + .25 * r, .48 * r)
-        pen.polygon([(x - .88 * r, y + .1 * r), (x + .88 * r, y + .1 * r), (x, y - r)], fill=color)
-    else:
-        disc(x, y - .45 * r, .45 * r)
-        disc(x - .5 * r, y + .2 * r, .45 * r)
-        disc(x + .5 * r, y + .2 * r, .45 * r)
-        disc(x, y, .25 * r)
-    # the stem
-    pen.polygon([(x, y), (x + .35 * r, y + r), (x - .35 * r, y + r)], fill=color)
+def _color(suit):
+    return RED if suit in ("hearts", "diamonds") else INK
+
+
+def _placed(points, x, y, r):
+    """Points in multiples of r from (x, y), in over-sized pixels."""
+    return [(x + dx * r, y + dy * r) for dx, dy in points]
 
 
 def _figure(pen, rank, x, y, r):
     """Draw the upper half of a court figure that stands on y: shoulders, head, cap or crown."""
+    def at(*points):
+        return _placed(points, x, y, r)
+
     cloth = {"J": BLUE, "Q": RED, "K": INK}[rank]
-    shoulders = [
-        (x - 1.25 * r, y), (x - .8 * r, y - .7 * r), (x + .8 * r, y - .7 * r), (x + 1.25 * r, y)]
-    pen.polygon(shoulders, fill=cloth)
-    pen.polygon([(x - .3 * r, y - .7 * r), (x + .3 * r, y - .7 * r), (x, y - .1 * r)], fill=GOLD)
+    pen.polygon(at((-1.25, 0), (-.8, -.7), (.8, -.7), (1.25, 0)), fill=cloth)
+    pen.polygon(at((-.3, -.7), (.3, -.7), (0, -.1)), fill=GOLD)
 
     if rank == "Q":
         # long hair
-        pen.ellipse([x - .75 * r, y - 1.75 * r, x + .75 * r, y - .45 * r], fill=(110, 66, 30))
-    pen.ellipse([x - .5 * r, y - 1.65 * r, x + .5 * r, y - .6 * r], fill=SKIN)
+        pen.ellipse(at((-.75, -1.75), (.75, -.45)), fill=(110, 66, 30))
+    pen.ellipse(at((-.5, -1.65), (.5, -.6)), fill=SKIN)
 
     if rank == "J":
         # a cap with a feather
-        cap = [(x - .6 * r, y - 1.4 * r), (x + .6 * r, y - 1.4 * r), (x + .2 * r, y - 1.95 * r)]
-        feather = [(x + .2 * r, y - 1.9 * r), (x + .9 * r, y - 2.1 * r)]
-        pen.polygon(cap, fill=BLUE)
-        pen.line(feather, fill=RED, width=int(.15 * r))
+        pen.polygon(at((-.6, -1.4), (.6, -1.4), (.2, -1.95)), fill=BLUE)
+        pen.line(at((.2, -1.9), (.9, -2.1)), fill=RED, width=int(.15 * r))
     else:
         # a crown; the king's is higher, and he has a beard
-        top = y - (2.1 if rank == "K" else 1.95) * r
-        crown = [
-            (x - .6 * r, y - 1.4 * r), (x - .65 * r, top), (x - .25 * r, y - 1.65 * r), (x, top),
-            (x + .25 * r, y - 1.65 * r), (x + .65 * r, top), (x + .6 * r, y - 1.4 * r)]
+        top = -2.1 if rank == "K" else -1.95
+        crown = at(
+            (-.6, -1.4), (-.65, top), (-.25, -1.65), (0, top), (.25, -1.65), (.65, top),
+            (.6, -1.4))
         pen.polygon(crown, fill=GOLD)
     if rank == "K":
-        beard = [x - .5 * r, y - 1.5 * r, x + .5 * r, y - .5 * r]
-        pen.pieslice(beard, 20, 160, fill=(90, 60, 40))
+        pen.pieslice(at((-.5, -1.5), (.5, -.5)), 20, 160, fill=(90, 60, 40))
+
+
+def sheet(width, height, color):
+    """A picture of one colour, and the pen that draws on it."""
+    picture = Image.new("RGB", (width, height), color)
+    return picture, ImageDraw.Draw(picture)
 
 
 def _blank():
-    """An empty card, over-sized."""
-    picture = Image.new("RGB", (CARD_W * _UP, CARD_H * _UP), LINE)
+    """An empty card, over-sized, and its pen."""
+    picture, pen = sheet(CARD_W * _UP, CARD_H * _UP, LINE)
     edge = [_UP, _UP, (CARD_W - 1) * _UP, (CARD_H - 1) * _UP]
-    ImageDraw.Draw(picture).rounded_rectangle(edge, 6 * _UP, fill=PAPER)
-    return picture
+    pen.rounded_rectangle(edge, 6 * _UP, fill=PAPER)
+    return picture, pen
 
 
 # ---- sprites -----------------------------------------------------------------------------------
 @cache
 def card(rank, suit):
     """A face-up card as an array (CARD_H, CARD_W, 3): `card("10", "hearts")`."""
-    picture = _blank()
-    color = RED if suit in ("hearts", "diamonds") else INK
-    pen = ImageDraw.Draw(picture)
-    w, h = CARD_W * _UP, CARD_H * _UP
+    picture, pen = _blank()
+    color = _color(suit)
+    w, h = picture.size
     if rank in ("J", "Q", "K"):
         pen.rectangle([.345 * w, .11 * h, .655 * w, .89 * h], outline=GOLD, width=_UP)
         _figure(pen, rank, .5 * w, .5 * h, .12 * w)
@@ -137,10 +151,9 @@ def card(rank, suit):
     # fanned card shows.
     font = ImageFont.load_default(33 * _UP)
     stroke = _UP // 2
-    left, top, right, bottom = (int(v) for v in font.getbbox(rank, stroke_width=stroke))
-    letters = Image.new("RGB", (right - left, bottom - top), PAPER)
-    ImageDraw.Draw(letters).text(
-        (-left, -top), rank, fill=color, font=font, stroke_width=stroke, stroke_fill=color)
+    left, top, right, bottom = map(int, font.getbbox(rank, stroke_width=stroke))
+    letters, letter_pen = sheet(right - left, bottom - top, PAPER)
+    letter_pen.text((-left, -top), rank, fill=color, font=font, stroke_width=stroke)
     letters = letters.resize((min(letters.width, 25 * _UP), 25 * _UP))
     picture.paste(letters, (15 * _UP - letters.width // 2, 4 * _UP))
     _suit(pen, suit, 15 * _UP, 39 * _UP, 8 * _UP)
@@ -160,9 +173,8 @@ def card(rank, suit):
 @cache
 def card_back():
     """A face-down card (CARD_H, CARD_W, 3): a lattice on blue."""
-    picture = _blank()
-    pen = ImageDraw.Draw(picture)
-    w, h = CARD_W * _UP, CARD_H * _UP
+    picture, pen = _blank()
+    w, h = picture.size
     pen.rounded_rectangle([5 * _UP, 5 * _UP, w - 5 * _UP, h - 5 * _UP], 4 * _UP, fill=BLUE)
 
     # the lattice is drawn on a piece of its own, so that it leaves a blue rim
@@ -176,13 +188,11 @@ def card_back():
 
 
 @cache
-def _card_ends():
-    """Two (7, CARD_W, 3) bool: the card's first and last 7 rows without the rounded corners."""
-    mask = Image.new("RGB", (CARD_W, CARD_H))
-    edge = [0, 0, CARD_W - 1, CARD_H - 1]
-    ImageDraw.Draw(mask).rounded_rectangle(edge, 7, fill=(255, 255, 255))
-    mask = np.asarray(mask) > 0
-    return mask[:7], mask[-7:]
+def _card_shape():
+    """(CARD_H, CARD_W, 3) bool: a card without what is outside of its rounded corners."""
+    mask, pen = sheet(CARD_W, CARD_H, "black")
+    pen.rounded_rectangle([0, 0, CARD_W - 1, CARD_H - 1], 7, fill="white")
+    return np.asarray(mask) > 0
 
 
 @lru_cache(maxsize=1024)
@@ -191,16 +201,16 @@ def word(text, size, color=PAPER, background=FELT):
     font = ImageFont.load_default(size)
     width = int(font.getlength(text)) + 1
     height = int(size * 1.3)
-    picture = Image.new("RGB", (width, height), background)
-    ImageDraw.Draw(picture).text((0, size), text, fill=color, font=font, anchor="ls")
+    picture, pen = sheet(width, height, background)
+    pen.text((0, size), text, fill=color, font=font, anchor="ls")
     return np.asarray(picture)
 
 
 @cache
 def _felt():
-    picture = Image.new("RGB", (SIZE, SIZE), FELT)
+    picture, pen = sheet(SIZE, SIZE, FELT)
     edge = [3, 3, SIZE - 4, SIZE - 4]
-    ImageDraw.Draw(picture).rounded_rectangle(edge, 12, outline=(196, 160, 84), width=2)
+    pen.rounded_rectangle(edge, 12, outline=(196, 160, 84), width=2)
     return np.asarray(picture)
 
 
@@ -219,12 +229,8 @@ def put(canvas, sprite, x, y):
 def put_card(canvas, rank, suit, x, y):
     """Put a card on the table; rank None is a face-down card."""
     sprite = card_back() if rank is None else card(rank, suit)
-    place = canvas[y:y + CARD_H, x:x + CARD_W]
-    place[7:-7] = sprite[7:-7]
-    # only the ends have rounded corners, beside which the table shows
-    top, bottom = _card_ends()
-    np.copyto(place[:7], sprite[:7], where=top)
-    np.copyto(place[-7:], sprite[-7:], where=bottom)
+    # beside its rounded corners the table shows
+    np.copyto(canvas[y:y + CARD_H, x:x + CARD_W], sprite, where=_card_shape())
 
 
 def put_hand(canvas, cards, y):

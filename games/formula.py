@@ -13,9 +13,11 @@ game has.
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
+from operator import add, mul, sub, truediv
 
 DEEPEST = 100           # brackets; a game has 20 symbols, a model's plan may have thousands
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+APPLY = {"+": add, "-": sub, "*": mul, "/": truediv}
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:
@@ -31,37 +33,27 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
     >>> evaluate(["1", "/", "0"]) is None
     True
     """
-    tokens = list(tokens)
     if tokens.count("(") > DEEPEST:
         return None
-    position = 0
-
-    def peek():
-        return tokens[position] if position < len(tokens) else None
-
-    def take():
-        nonlocal position
-        position += 1
-        return tokens[position - 1]
+    rest = ["", *reversed(tokens)]      # the next token is the last of these; "" is the end
 
     def atom():
-        if peek() == "(":
-            take()
+        token = rest.pop()
+        if token == "(":
             value = total()
-            if peek() != ")":
+            if rest.pop() != ")":
                 raise ValueError("unbalanced bracket")
-            take()
             return value
-        if peek() is None or not peek().isdecimal():
+        if not token.isdecimal():
             raise ValueError("a number or a bracket belongs here")
-        return Fraction(int(take()))
+        return Fraction(int(token))
 
     # operands joined by operators of one precedence, worked off from the left
     def chain(operand, level):
         value = operand()
-        while PRECEDENCE.get(peek()) == level:
-            operator = take()
-            value = _apply(value, operator, operand())
+        while PRECEDENCE.get(rest[-1]) == level:
+            operator = rest.pop()
+            value = APPLY[operator](value, operand())
         return value
 
     def product():
@@ -75,7 +67,7 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
     except (ValueError, ZeroDivisionError):
         return None
     # what is left over, such as a second number, makes it no formula
-    return value if position == len(tokens) else None
+    return value if rest == [""] else None
 
 
 def is_right(tokens: Sequence[str], numbers: Sequence[int], target: int) -> bool:
@@ -86,14 +78,6 @@ def is_right(tokens: Sequence[str], numbers: Sequence[int], target: int) -> bool
     """
     used = [token for token in tokens if token.isdecimal()]
     return sorted(used) == sorted(map(str, numbers)) and evaluate(tokens) == target
-
-
-def _apply(left, operator, right):
-    if operator == "+":
-        return left + right
-    if operator == "-":
-        return left - right
-    return left * right if operator == "*" else left / right
 
 
 @cache
@@ -125,7 +109,7 @@ def solutions(
                     for operator in operators:
                         if operator == "/" and rv == 0:
                             continue
-                        value = _apply(lv, operator, rv)
+                        value = APPLY[operator](lv, rv)
                         # most formulas of all numbers miss the target: not worth writing down
                         if part == numbers and value != target:
                             continue
@@ -154,4 +138,4 @@ def _splits(part):
         left = tuple(n for i, n in enumerate(part) if mask >> i & 1)
         right = tuple(n for i, n in enumerate(part) if not mask >> i & 1)
         pairs.add((left, right))
-    return sorted(pairs)
+    return pairs

@@ -10,6 +10,7 @@ Does not handle: the games (env.py, games/alfworld/game.py), drawing (games/draw
 
 import copy
 import math
+import operator
 
 import gymnasium
 import numpy as np
@@ -29,7 +30,7 @@ class Game(gymnasium.Env):
     description = ""
     actions = ()
     fields = ()
-    max_steps = None            # the episode is truncated after this many steps
+    max_steps = math.inf        # the episode is truncated after this many steps
     separator = " "             # between the actions in a prompt
     unnamed_reward = 0.0        # for an answer that names no action (rollout.py)
 
@@ -78,18 +79,18 @@ class Game(gymnasium.Env):
         if getattr(self, "over", True):
             raise RuntimeError("there is no episode to step in: call reset() first")
         legal = self.legal_actions()
-        if isinstance(action, np.ndarray) and action.ndim == 0:     # which action_space contains
-            action = action[()]
+        try:
+            index = operator.index(action)      # of an int, numpy's too, and what action_space has
+        except TypeError:
+            index = -1
         # subtle: True is an int too
-        is_index = isinstance(action, int | np.integer) and not isinstance(action, bool)
-        if not is_index or not 0 <= action < len(legal):
+        if isinstance(action, bool) or not 0 <= index < len(legal):
             raise ValueError(f"action {action!r} is not an index into the legal actions {legal}")
 
-        reward, terminated = self._play(legal[action])
+        reward, terminated = self._play(legal[index])
         self.steps += 1
         self.episode_return += reward
-        out_of_time = self.max_steps is not None and self.steps >= self.max_steps
-        truncated = not terminated and out_of_time
+        truncated = not terminated and self.steps >= self.max_steps
         self.over = terminated or truncated
         picture, info = self.observe()
         return picture, float(reward), terminated, truncated, info
@@ -99,10 +100,8 @@ class Game(gymnasium.Env):
 
         After set_state this is how to see where the game is.
         """
-        info = {}
-        for key, value in self._info().items():
-            # a list of the game's own goes on changing; whoever keeps info keeps a copy
-            info[key] = list(value) if isinstance(value, list) else value
+        # a list of the game's own goes on changing; whoever keeps info keeps a copy
+        info = copy.deepcopy(self._info())
         # at every step, for wrappers may end an episode early
         info["is_success"] = self._is_success()
         return self._draw(), info
@@ -146,7 +145,7 @@ class Game(gymnasium.Env):
             setattr(tried, name, copy.deepcopy(state[name]))
         possible = (
             type(tried.steps) is int
-            and 0 <= tried.steps <= (self.max_steps or math.inf)
+            and 0 <= tried.steps <= self.max_steps
             and type(tried.over) is bool
             and type(tried.episode_return) in (int, float)
             and math.isfinite(tried.episode_return)

@@ -54,13 +54,12 @@ def decision_statistics(task, decisions, cot):
     # a player that says nothing can only be asked what it plays
     answered = [decision for decision in decisions if decision.choice.text is not None]
     thinking = answered if cot else []
-    named = [choice.named for _, _, choice in answered]
-    agreeing = [choice.action in best_actions(task, info) for _, info, choice in decisions]
-    reading = [reads_right(task, choice.text, info) for _, info, choice in thinking]
     found = {
-        "parse_rate": rate(named),
-        "expert_agreement": rate(agreeing),
-        "reading_rate": rate(reading),
+        "parse_rate": rate(choice.named for _, _, choice in answered),
+        "expert_agreement": rate(
+            choice.action in best_actions(task, info) for _, info, choice in decisions),
+        "reading_rate": rate(
+            reads_right(task, choice.text, info) for _, info, choice in thinking),
     }
     if thinking and "formula" in decisions[0].info:
         found |= plan_statistics(task, thinking)
@@ -76,9 +75,9 @@ def plan_statistics(task, decisions):
     often a plan's first symbol is played.
     """
     plans = [(planned(choice.text), info, choice.action) for _, info, choice in decisions]
-    right = [plan_right(plan, info) for plan, info, _ in plans if continuations(task, info)]
     return {
-        "plan_rate": rate(right),
+        "plan_rate": rate(
+            plan_right(plan, info) for plan, info, _ in plans if continuations(task, info)),
         "plan_followed": rate(plan[0] == action for plan, _, action in plans if plan),
     }
 

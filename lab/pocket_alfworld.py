@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Regex
 
 from env import make_game
-from games.alfworld.expert import BADGES, kind_of, next_step, thoughts
+from games.alfworld.expert import BADGES, hand, kind_of, next_step, thoughts
 from games.alfworld.scene import draw_scene
 from lab import pocket
 from lab.pocket import MARK, make_model, make_processor, make_tokenizer, teach
@@ -73,13 +73,11 @@ def caption(info, kinds, generator) -> Demonstration:
         badges = [badge for badge in BADGES.values() if generator.random() < 0.25]
         held = f"{kinds[generator.integers(len(kinds))]} 1"
         info = info | {"holding": held, "badges": badges}
-    held, seen = "nothing", "shut"
-    if info["holding"] is not None:
-        held = " ".join([*info["badges"], kind_of(info["holding"])])
+    seen = "shut"
     if not info["shut"]:
         seen = " ".join(map(kind_of, info["inside"] or ())) or "nothing"
     return Demonstration(
-        draw_scene(info), "Read the picture.", make_answer(f"Holding {held}. {seen}"))
+        draw_scene(info), "Read the picture.", make_answer(f"{hand(info)} {seen}"))
 
 
 def captions(states, seed) -> Iterator[list[Demonstration]]:

@@ -169,10 +169,9 @@ def memory_plan(config, settings, size) -> dict[str, int]:
 def peak(plan) -> int:
     """A plan's highest sum: what stays, and the largest of update, step and play."""
     stays = sum(size for use, size in plan.items() if ":" not in use)
-    phases = [
+    return stays + max(
         sum(size for use, size in plan.items() if use.startswith(phase))
-        for phase in ("update:", "step:", "play:")]
-    return stays + max(phases)
+        for phase in ("update:", "step:", "play:"))
 
 
 # ---- counting ----------------------------------------------------------------------------------
@@ -210,11 +209,12 @@ def kept_for_backward(model, samples, length) -> int:
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    meta = {"device": "meta"}
-    hidden = torch.empty(samples, length, model.config.get_text_config().hidden_size,
-                         dtype=torch.bfloat16, requires_grad=True, **meta)
-    positions = torch.zeros(samples, length, dtype=torch.long, **meta)
-    mask = torch.ones(samples, 1, length, length, dtype=torch.bool, **meta)
+    width = model.config.get_text_config().hidden_size
+    with torch.device("meta"):
+        hidden = torch.empty(
+            samples, length, width, dtype=torch.bfloat16, requires_grad=True)
+        positions = torch.zeros(samples, length, dtype=torch.long)
+        mask = torch.ones(samples, 1, length, length, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.get_decoder()(
             inputs_embeds=hidden, attention_mask=mask, position_ids=positions, use_cache=False)

@@ -34,8 +34,8 @@ PAPER = {
     "Gemini": (82.5, 2.0, 0.0, 30.0, 13.5),
 }
 LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
-# Student's t, 97.5 %, of one degree of freedom, of two, …
-T = (12.706, 4.303, 3.182, 2.776)
+# Student's t, 97.5 %, of n - 1 degrees of freedom
+T = {3: 4.303, 4: 3.182, 5: 2.776}
 # The main table: a row's name → a baseline in baselines.json, or else a variant in runs/.
 OURS = {
     "SFT start, temperature 0.5": "start",
@@ -74,11 +74,6 @@ def runs(task, variant=""):
     return [{"name": path.stem, **read(path)} for path in sorted((RESULTS / "runs").glob(name))]
 
 
-def lambda_runs(weight):
-    """NumberLine's runs with that λ; 0.5 is the default."""
-    return runs("numberline", "" if weight == "0.5" else f"lambda-{weight}")
-
-
 def finals(chosen, key="success"):
     """In %, of each run's held-out games with its last checkpoint."""
     return [100 * run["eval"][key] for run in chosen]
@@ -93,29 +88,20 @@ def baseline(task, name, key="success"):
     return 100 * baselines()[f"{task}-{name}"][key]
 
 
-def mean_interval(values):
-    """(mean, half of its 95 % interval, None for one value).
-
-    >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
-    [2.0, 2.48]
-    """
-    n = len(values)
-    if n == 1:
-        return values[0], None
-    return statistics.fmean(values), T[n - 2] * statistics.stdev(values) / n ** 0.5
-
-
 def shown(values):
     """"mean ± half (n)" of percentages.
 
     (n) where n is not 3; no ± below 3; "–" where there is none.
+
+    >>> shown([1.0, 2.0, 3.0]), shown([1.0])
+    ('2.0 ± 2.5', '1.0 (1)')
     """
+    n = len(values)
     if not values:
         return "–"
-    mean, half = mean_interval(values)
-    spread = f" ± {half:.1f}" if len(values) > 2 else ""
-    count = "" if len(values) == 3 else f" ({len(values)})"
-    return f"{mean:.1f}{spread}{count}"
+    spread = f" ± {T[n] * statistics.stdev(values) / n ** 0.5:.1f}" if n > 2 else ""
+    count = "" if n == 3 else f" ({n})"
+    return f"{statistics.fmean(values):.1f}{spread}{count}"
 
 
 def curves(chosen):
@@ -172,7 +158,8 @@ def lambdas():
              "answers parsed in the worst rollout, %")
     columns = []
     for weight in LAMBDAS:
-        chosen = lambda_runs(weight)
+        # 0.5 is the default
+        chosen = runs("numberline", "" if weight == "0.5" else f"lambda-{weight}")
         cuts = [sum(row["minibatches"] < 16 for row in run["metrics"]) for run in chosen]
         worst = [100 * min(row["parse_rate"] for row in run["metrics"]) for run in chosen]
         means = [f"{statistics.fmean(values):.1f}" for values in (cuts, worst)]

@@ -94,10 +94,14 @@ def _leave(info, held):
 def reading(info: dict) -> str:
     """The sentence that says what the picture shows: where one is, what one holds."""
     at = "nowhere" if info["at"] is None else info["at"] + (", shut" if info["shut"] else "")
-    held = "nothing"
-    if info["holding"] is not None:
-        held = " ".join([*info["badges"], kind_of(info["holding"])])
-    return f"At {at}. Holding {held}."
+    return f"At {at}. {hand(info)}"
+
+
+def hand(info: dict) -> str:
+    """The sentence that says what one holds, and what was done to it."""
+    if info["holding"] is None:
+        return "Holding nothing."
+    return f"Holding {' '.join([*info['badges'], kind_of(info['holding'])])}."
 
 
 def thoughts(info: dict, action: str) -> str:

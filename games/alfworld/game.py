@@ -260,7 +260,7 @@ class ALFWorld(Game):
             "badges": badges,
             "receptacles": sorted(name for name, _ in facts["receptacleatlocation"]),
             "goal": goal,
-            "seen": {name: list(things) for name, things in self.seen.items()},
+            "seen": self.seen,
             "commands": list(self.legal_actions()),
         }
 

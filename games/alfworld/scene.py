@@ -12,12 +12,12 @@ Does not handle: what is there (games/alfworld/game.py), canvases and how sprite
 """
 
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
 
-from games.draw import GOLD, INK, PAPER, SIZE, SKIN, put
+from games.draw import GOLD, INK, PAPER, SIZE, SKIN, put, sheet
 
 ROOM = (206, 214, 222)
 FLOOR = (184, 192, 200)
@@ -55,7 +55,7 @@ def draw_scene(info: dict) -> np.ndarray:
     # below
     if holding is not None:
         put(canvas, _tile(holding), 100, 232)
-        for i, badge in enumerate(("hot", "cool", "clean")):
+        for i, badge in enumerate(BADGE_COLORS):
             if badge in info["badges"]:
                 put(canvas, _badge(badge), 176 + 40 * i, 238)
     return canvas
@@ -76,10 +76,9 @@ def _label(pen, text, box, size, fill):
     pen.text(centre, text, fill=fill, font=_font(text, size, x1 - x0 - 4), anchor="mm")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _room():
-    picture = Image.new("RGB", (SIZE, SIZE), ROOM)
-    pen = ImageDraw.Draw(picture)
+    picture, pen = sheet(SIZE, SIZE, ROOM)
     pen.rectangle([0, 222, SIZE, SIZE], fill=FLOOR)
     hand = [(8, 300), (30, 252), (76, 236), (90, 262), (60, 300)]
     pen.polygon(hand, fill=SKIN, outline=INK)
@@ -89,8 +88,7 @@ def _room():
 @lru_cache(maxsize=512)
 def _small(name, lit, width):
     """A receptacle in the row above: its kind, its number below."""
-    picture = Image.new("RGB", (width, 30), GOLD if lit else PAPER)
-    pen = ImageDraw.Draw(picture)
+    picture, pen = sheet(width, 30, GOLD if lit else PAPER)
     pen.rectangle([0, 0, width - 1, 29], outline=INK, width=2 if lit else 1)
     kind, _, number = name.rpartition(" ")
     _label(pen, kind, (0, 2, width, 16), 11, INK)
@@ -104,8 +102,7 @@ def _place(name, shut, visible):
 
     A door with a handle where it is shut, an open box or a surface where one sees in.
     """
-    picture = Image.new("RGB", (SIZE - 20, 172), ROOM)
-    pen = ImageDraw.Draw(picture)
+    picture, pen = sheet(SIZE - 20, 172, ROOM)
     pen.rectangle([0, 0, SIZE - 21, 30], fill=DARK)
     _label(pen, name, (0, 0, SIZE - 20, 30), 20, PAPER)
     body = [0, 30, SIZE - 21, 171]
@@ -125,8 +122,7 @@ def _tile(name):
     kind = zlib.crc32(name.rpartition(" ")[0].encode())
     # 60 to 219: neither as dark as ink nor as light as paper
     color = tuple(60 + (kind >> shift) % 160 for shift in (0, 8, 16))
-    picture = Image.new("RGB", (TILE_W, TILE_H), PAPER)
-    pen = ImageDraw.Draw(picture)
+    picture, pen = sheet(TILE_W, TILE_H, PAPER)
     pen.rectangle([0, 0, TILE_W - 1, TILE_H - 1], outline=INK)
     x, y = TILE_W // 2, 4
     shapes = (
@@ -142,11 +138,10 @@ def _tile(name):
     return np.asarray(picture)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _badge(badge):
     """What was done to the object that is held: a disc in its colour."""
-    picture = Image.new("RGB", (36, 44), FLOOR)
-    pen = ImageDraw.Draw(picture)
+    picture, pen = sheet(36, 44, FLOOR)
     pen.ellipse([1, 1, 35, 35], fill=BADGE_COLORS[badge], outline=INK, width=2)
     _label(pen, badge, (0, 0, 36, 36), 13, PAPER)
     return np.asarray(picture)
