@@ -228,9 +228,9 @@ class Blackjack(Game):
         if not all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer)):
             return False
         # nobody draws after the end of a turn: the player's a bust, the dealer's from 17 on
-        turns = ((self.player, 2, 22), (self.dealer, 2, 17))
-        return all(self.total(hand[:k])[0] < end
-                   for hand, first, end in turns for k in range(first, len(hand)))
+        turns = ((self.player, 22), (self.dealer, 17))
+        return all(
+            self.total(hand[:k])[0] < end for hand, end in turns for k in range(2, len(hand)))
 
     def _card(self):
         return int(self.np_random.integers(52))         # an infinite deck: no card is missing

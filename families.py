@@ -6,7 +6,7 @@
     more      = family.image_inputs(ids, features)      # what the model's forward takes of them
     positions = family.positions(images, ids, mask)     # (B, length), or (3, B, length): the Qwens
 
-transformers 5 gives all of them `get_image_features`, `mm_encoder_outputs` and `image_token_id`.
+transformers 5 gives all their inner models `get_image_features` and `mm_encoder_outputs`.
 What it does not tell stands in FAMILIES; how one is added, in extras/README.md. subtle: with wrong
 positions or token types decoding still equals scoring and a batch still equals its samples, so the
 tests hold each family against transformers' own forward pass on the processor's own tensors.
@@ -207,7 +207,7 @@ class Family:
         device, dtype = self.model.device, self.model.dtype
         tensors = {key: torch.cat([one[key] for one in images]).to(device) for key in images[0]}
         tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
-        seen = self.model.get_image_features(**tensors, return_dict=True)
+        seen = self.model.model.get_image_features(**tensors, return_dict=True)
         self.as_list = isinstance(seen.pooler_output, (list, tuple))
         levels = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
         flat = [

@@ -26,7 +26,9 @@ KEPT = 32_768       # answers, the newest; 15,000 steps of Points24 win with som
 
 
 class WonGames:
-    """The answers of won games, each (the game's state before it, its token ids), as plain JSON.
+    """The answers of games that reached their goal: (the game's state before it, its token ids).
+
+    A goal whatever it cost: eval.py's goal_rate, not its success. All is plain JSON.
 
     waiting: of each game in play its answers so far, for an episode may span rollouts. Not kept are
     steps with a negative reward (a number that is on no card) and answers that named no action: the

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # The key of an action, and the key with its value, which may be a bare number too. Models put
-# spaces everywhere, so these may as well; ASCII, or "ſ" would count as an "s".
+# spaces everywhere, so these may as well; ASCII, or a dotless "ı" would count as an "i".
 KEY = r'"\s*action\s*"\s*:'
 ACTION_KEY = re.compile(KEY, re.IGNORECASE | re.ASCII)
 # (?=…): matches may overlap, as in "action": "action": "hit"

@@ -8,7 +8,7 @@
 
 Alphabet of shapes, in all files: B samples, I image tokens, P prompt tokens (image tokens among
 them), T response tokens, D hidden size, V vocabulary, N games, L steps of each, S = L × N samples
-of a rollout.
+of a rollout. "levels" is 1; more where deeper layers get picture features too (Qwen3-VL).
 
 Differs from the published code: one function scores old, new and supervised answers; transformers'
 own models, shown one view of the picture (I = 576 for LLaVA-1.6, as there); no dropout anywhere.
@@ -37,13 +37,13 @@ def load_model(name: str, bits=32, device="cpu"):
     """Return (model, processor) of a hub name or a folder, in 4, 16 (bfloat16) or 32 bits.
 
     4 bits are NF4 with double quantisation (QLoRA, arXiv 2305.14314): frozen weights are stored in
-    4 bits and multiplied in bfloat16. Raises what transformers raises, ValueError where a weight
-    is missing. No code that comes with a model is run, and no pickle is read.
+    4 bits and multiplied in bfloat16, on a CPU in fp32. Raises what transformers raises, ValueError
+    where a weight is missing. No code that comes with a model is run, and no pickle is read.
     """
     if bits not in (4, 16, 32):
         raise ValueError(f"bits must be 4, 16 or 32, not {bits}")
-    small = bits == 32 or (bits == 4 and device == "cpu")
-    dtype = torch.float32 if small else torch.bfloat16      # what is computed in
+    in_fp32 = bits == 32 or (bits == 4 and device == "cpu")
+    dtype = torch.float32 if in_fp32 else torch.bfloat16    # what is computed in
     quantisation = None
     if bits == 4:
         # On a CPU bitsandbytes misses an optional kernel, says so, and does as well without it.
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(A.to(base.weight.device))    # the CPU's draw, on any device
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
-    # SigLIP's pooling head reads these itself (no picture token sees it), others ask their type
+    # some modules read these themselves: SigLIP's pooling head to multiply, others for their type
     weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
     def forward(self, x):
@@ -173,7 +173,7 @@ class Policy(nn.Module):
         self.lora = {}                                  # {module path: LoRALinear}
         if target_modules:
             self.lora = add_lora(model, rank, self.alpha, target_modules, generator)
-        learning = {part_of_path(name) or name for name in target_modules or PARTS}
+        learning = {part_of_path(path) for path in self.lora} or {*PARTS}
         self.vision_frozen = not learning & {"vision", "projector"}
         hidden_size = model.config.get_text_config().hidden_size
         self.value_head = ValueHead(hidden_size, generator).to(model.device)

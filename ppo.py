@@ -119,18 +119,18 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
         for group, shape in rollout.micro_batches(batch):
             logp, mask, values = policy.logprobs(                       # (B, T), (B, T), (B,)
                 [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
-            starts, old_logp, old_whole, advantages, returns = rollout.columns(     # each (B,)
-                group, logp.device)
+            starts, old_logp, old_answer_logp, advantages, returns = (  # each (B,)
+                rollout.columns(group, logp.device))
             new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
             if number == 0:
                 error = ((new_logp - old_logp).exp() - 1).abs().max().item()
                 ratio_error = max(ratio_error, error)
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
             v_loss = value_loss(values, returns)        # no gradient into the model: ValueHead
-            whole_kl = kl_estimate(answer_logprob(logp, mask, starts, 1.0) - old_whole)
+            answer_kl = kl_estimate(answer_logprob(logp, mask, starts, 1.0) - old_answer_logp)
             share = len(group) / len(batch)     # subtle: micro-batches add up to the batch's mean
             (share * (p_loss + v_loss)).backward()
-            found = torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped, whole_kl])
+            found = torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped, answer_kl])
             sums += share * found.cpu()
         norms = prepare_step(optimizer, sums, settings)     # before any step: the gradients' size
         history.append([*sums.tolist(), norms[0].item()])

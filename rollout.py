@@ -84,7 +84,7 @@ class Rollout:
     shapes: list = field(default_factory=list)          # S Shapes (padded_shapes, below)
 
     old_logp: torch.Tensor = None       # (S,) λ-weighted
-    old_whole: torch.Tensor = None      # (S,) with λ = 1: the answers' own
+    old_answer_logp: torch.Tensor = None    # (S,) of the whole answers, unweighted
     old_values: torch.Tensor = None     # (S,)
     part_logp: torch.Tensor = None      # (2,) sums over answers: of the thoughts, of the actions
 
@@ -99,16 +99,17 @@ class Rollout:
                 yield members[k:k + shape.rows], shape
 
     def columns(self, indices, device):
-        """action_starts, old_logp, old_whole, advantages, returns of some samples, each (B,)."""
+        """What learning needs of some samples, each (B,): where actions start, both old_…logp,
+        advantages, returns."""
         columns = (
-            self.action_starts, self.old_logp, self.old_whole, self.advantages, self.returns)
+            self.action_starts, self.old_logp, self.old_answer_logp, self.advantages, self.returns)
         return [column[indices].to(device) for column in columns]
 
 
 def collect(policy, games: list, settings, sampling, fallback, progress=lambda steps: None):
     """Play num_steps of every game; return the Rollout. sampling, fallback: act's generators."""
     L, N = settings.num_steps, len(games)
-    # subtle: games go on from one rollout to the next; nothing is reset here
+    # subtle: a rollout begins where the last one ended; a game is reset when its episode is over
     rollout = Rollout(torch.zeros(L, N), torch.zeros(L, N), torch.zeros(L, N))
     observations = [game.observe() for game in games]
     for t in range(L):
@@ -147,7 +148,7 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
 
 @torch.no_grad()
 def score_rollout(policy, rollout: Rollout, settings):
-    """Fill in old_logp, old_whole, old_values and part_logp, by the policy that answered.
+    """Fill in old_logp, old_answer_logp, old_values and part_logp, by the policy that answered.
 
     A run's first rollout also fits the value head's inputs.
     """
@@ -155,7 +156,7 @@ def score_rollout(policy, rollout: Rollout, settings):
         hidden = _in_batches(policy.prompt_hidden, rollout.prompts, settings.micro_batch_size)
         policy.value_head.fit(parallel.concat(hidden.float()))
     S = len(rollout.responses)                                          # L × N
-    rollout.old_logp, rollout.old_whole, rollout.old_values = torch.zeros(3, S)
+    rollout.old_logp, rollout.old_answer_logp, rollout.old_values = torch.zeros(3, S)
     rollout.part_logp = torch.zeros(2)
     for group, shape in rollout.micro_batches(range(S)):
         logp, mask, values = policy.logprobs(                           # (B, T), (B, T), (B,)
@@ -164,7 +165,7 @@ def score_rollout(policy, rollout: Rollout, settings):
         rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
         rollout.old_values[group] = values.cpu()
         # for the metrics: with λ = 1 the whole answers, with 0 their action parts
-        rollout.old_whole[group] = answer_logprob(logp, mask, starts, cot_lambda=1.0).cpu()
+        rollout.old_answer_logp[group] = answer_logprob(logp, mask, starts, cot_lambda=1.0).cpu()
         action = answer_logprob(logp, mask, starts, cot_lambda=0.0).sum()
         rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
 
@@ -185,9 +186,9 @@ def add_advantages(policy, rollout: Rollout, settings):
     # The paper's code normalises over the rollout, not over the minibatch. subtle: where nearly
     # every episode succeeds, what is left is the value's error. Divided by its own small spread it
     # would push good answers down and apart; advantage_floor limits that.
-    everyones = parallel.concat(advantages.flatten())
-    spread = max(everyones.std().item() + 1e-8, settings.advantage_floor)
-    rollout.advantages = (advantages.flatten() - everyones.mean()) / spread
+    all_advantages = parallel.concat(advantages.flatten())
+    spread = max(all_advantages.std().item() + 1e-8, settings.advantage_floor)
+    rollout.advantages = (advantages.flatten() - all_advantages.mean()) / spread
     rollout.returns = returns.flatten()
 
 
@@ -202,11 +203,11 @@ def play_metrics(rollout: Rollout, settings) -> dict:
 
     Their meanings: results/README.md, "Metrics".
     """
-    def everyones(numbers):
+    def gather(numbers):
         return parallel.concat(torch.tensor(numbers, dtype=torch.float64)).numpy()
 
     def mean(numbers):
-        numbers = everyones(numbers)
+        numbers = gather(numbers)
         return float(np.mean(numbers)) if len(numbers) else None
 
     returns, successes = zip(*rollout.episodes) if rollout.episodes else ((), ())
@@ -217,7 +218,7 @@ def play_metrics(rollout: Rollout, settings) -> dict:
             for choice, info in zip(rollout.choices, rollout.infos)]
     parts = parallel.concat(rollout.part_logp[None]).sum(0) / settings.batch_size
     return {
-        "episodes": len(everyones(returns)),
+        "episodes": len(gather(returns)),
         "success": mean(successes),
         "return_mean": mean(returns),
         "parse_rate": mean([choice.named for choice in rollout.choices]),
@@ -260,6 +261,7 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
         short = long
     # a process's part of a minibatch: more rows would be filling
     own = settings.minibatch_size // parallel.size()
-    shapes = (Shape(min(settings.micro_batch_size, own), P, short),
-              Shape(min(settings.micro_batch_size, math.ceil(own / 16)), P, long))
-    return [shapes[len(response) > short] for response in responses]
+    usual = Shape(min(settings.micro_batch_size, own), P, short)
+    # a minibatch has some 5 % of long answers: a sixteenth of its rows
+    wide = Shape(min(settings.micro_batch_size, math.ceil(own / 16)), P, long)
+    return [wide if len(response) > short else usual for response in responses]

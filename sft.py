@@ -36,10 +36,10 @@ from plumbing.checkpoint import (
     held_back_interrupt,
     load_optimizer,
     locked,
-    part_of,
     replace_checkpoint,
     save_optimizer,
     to_disk,
+    unfinished,
     write_whole,
 )
 from plumbing.errors import ModelError, as_model_error, in_words, say
@@ -208,7 +208,7 @@ class Saver:
     def save(self, policy, optimizer, done):
         out = self.settings.out
         whole, before = Path(out) / f"checkpoint-{done:06d}", checkpoints(out)
-        part = part_of(whole)
+        part = unfinished(whole)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         weights = {

@@ -66,8 +66,8 @@ class Run:
         rank, share = parallel.rank(), settings.num_envs // parallel.size()
         own = np.random.SeedSequence(settings.seed, spawn_key=(rank,))
         tokens, actions = own.generate_state(2).tolist()
-        everyones = np.random.SeedSequence(settings.seed)
-        order, *deals = everyones.generate_state(1 + settings.num_envs).tolist()
+        shared = np.random.SeedSequence(settings.seed)
+        order, *deals = shared.generate_state(1 + settings.num_envs).tolist()
         self.sampling = torch.Generator(policy.device).manual_seed(tokens)  # tokens of answers
         self.fallback = np.random.default_rng(actions)          # actions where none was named
         self.shuffling = torch.Generator().manual_seed(order + rank)        # order of samples
@@ -125,7 +125,7 @@ def anneal(run):
     The last update is one step short of the cosine's end, so lr_end itself is reached after it.
     """
     settings = run.settings
-    done = min(1.0, run.update / settings.num_updates)      # 1 at most: no rise after the end
+    done = run.update / settings.num_updates
     for group, start in zip(run.optimizer.param_groups, (settings.lr, settings.value_lr)):
         # from 1 to 0
         fall = 0.5 * (1 + math.cos(math.pi * done))

@@ -31,7 +31,7 @@ from env import GAMES
 from families import save_processor
 from games.expert import reading
 from parse import make_answer
-from plumbing.checkpoint import part_of, put_in_place
+from plumbing.checkpoint import put_in_place, unfinished
 from policy import Policy, load_model
 from sft import Demonstration, demonstrations, finetune, mixed
 
@@ -175,7 +175,7 @@ def teach(out, model, processor, seed, first, second, last):
     finetune(policy, *first, 1e-3, title="reading")
     finetune(policy, *second, 1e-3, title="answering")
     # the folder appears after the last lesson, whole
-    part = part_of(out)
+    part = unfinished(out)
     policy.model.half().save_pretrained(part)
     save_processor(processor, part)
     # subtle: the last one goes on from the fp16 weights on disk

@@ -40,7 +40,7 @@ NOT_OFFERED = (errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EPERM, errno.ENOT
 
 
 # ---- files that are whole or not there ---------------------------------------------------------
-def part_of(path) -> Path:
+def unfinished(path) -> Path:
     """The place beside `path` where a file or a folder is written first."""
     return Path(path).with_name(Path(path).name + ".part")
 
@@ -48,7 +48,7 @@ def part_of(path) -> Path:
 def put_in_place(path):
     """Let what is whole now appear under its own name, in one step that neither a kill nor a power
     cut halves."""
-    part = part_of(path)
+    part = unfinished(path)
     for file in [*part.rglob("*"), part] if part.is_dir() else [part]:
         to_disk(file)
     os.replace(part, path)
@@ -70,7 +70,7 @@ def to_disk(path):
 
 def write_whole(path, text):
     """Write a text file that is never seen half written."""
-    part_of(path).write_text(text, encoding="utf-8")
+    unfinished(path).write_text(text, encoding="utf-8")
     put_in_place(path)
 
 
@@ -188,7 +188,7 @@ def newest_checkpoint(folder):
 
 
 def replace_checkpoint(whole, before):
-    """Put a checkpoint folder that was written to its part_of in place; drop the one before."""
+    """Put a checkpoint folder that was written to its unfinished in place; drop the one before."""
     put_in_place(whole)
     if before and before != whole and before.exists():
         drop(before)
@@ -220,7 +220,7 @@ def save(run, folder):
             "the weights are not finite after this update: nothing was saved, the last checkpoint "
             "is intact; start a new run (--out) with a smaller --lr or --bits 32")
     whole = Path(folder) / f"checkpoint-{run.update:06d}"
-    part = part_of(whole)
+    part = unfinished(whole)
     if parallel.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)     # of an interrupted try
         run.files.save(run.policy, part)
@@ -254,14 +254,10 @@ def load(run, checkpoint):
 
     ModelError where it is damaged, another run's, or would draw other numbers.
     """
-    folder, config = checkpoint.parent, checkpoint.parent / run.settings.file
+    config = checkpoint.parent / run.settings.file
     with as_model_error(config):
         own = json.loads(config.read_text(encoding="utf-8"))["model"]
-    depends, start = run.files.depends, folder / "sft" if run.settings.sft_steps else Path(own)
-    depends.pop("start adapters", None)         # of the checkpoint itself, until here
-    if (start / "adapter_config.json").exists():
-        depends["start adapters"] = hashes(start)       # they may be gone by now
-    depends["run folder"] = kept_hashes(folder, int(checkpoint.name.removeprefix("checkpoint-")))
+    depends = depends_now(run, checkpoint, own)
     run.files.depends = check(checkpoint, depends, run.settings)
     stored = json.loads((checkpoint / "process0.json").read_text())
     for what, now in (("device", run.policy.device.type), ("processes", parallel.size())):
@@ -290,6 +286,18 @@ def load(run, checkpoint):
     for older in checkpoints(checkpoint.parent)[:-1] if parallel.rank() == 0 else ():
         if _settings_of(older) == plain(run.settings):
             drop(older)                 # a kill may have left this run's; a stranger's stays
+
+
+def depends_now(run, checkpoint, own):
+    """What a checkpoint depends on, as it is now. own: the run's model, before anything moved."""
+    folder = checkpoint.parent
+    found = {"base model": run.files.depends.get("base model", {})}
+    # the adapters in the checkpoint go on; those that the run began from may be gone
+    start = folder / "sft" if run.settings.sft_steps else Path(own)
+    if (start / "adapter_config.json").exists():
+        found["start adapters"] = hashes(start)
+    found["run folder"] = kept_hashes(folder, int(checkpoint.name.removeprefix("checkpoint-")))
+    return found
 
 
 def _settings_of(checkpoint):

@@ -55,7 +55,7 @@ class FoundModel:
         return bool(getattr(self.config, "quantization_config", None))
 
     @property
-    def adapter_settings(self):
+    def adapter_flags(self):
         """rank and target_modules, by part, of the adapters to go on with; {} without any."""
         if not self.adapters:
             return {}

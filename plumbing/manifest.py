@@ -4,8 +4,8 @@
     write_manifest(folder, depends, settings)       # manifest.json, over all files that are there
     check(folder, depends, settings)                # ModelError says what is not as it was
 
-What a folder depends on is {place: {file: hash}}. The places are the base model, the adapters that
-a run starts from, and its run folder (checkpoint.py). Guards against damage and mix-ups, not an
+What a folder depends on is {role: {file: hash}}. The roles are "base model", "start adapters" (that
+a run starts from) and "run folder" (checkpoint.py). Guards against damage and mix-ups, not an
 enemy who writes a manifest too. Does not handle: when that is done (checkpoint.py, sft.py,
 loading.py).
 """
@@ -52,7 +52,7 @@ def plain(settings):
 
 def write_manifest(folder, depends, settings):
     """Write manifest.json over all files of a folder, or of the part that will be it."""
-    os.umask(umask := os.umask(0))
+    os.umask(umask := os.umask(0))      # the only way to read it is to set it, twice
     files = {
         file.name: _digest(file) for file in sorted(Path(folder).iterdir())
         if file.name != "manifest.json"}
@@ -66,11 +66,11 @@ def write_manifest(folder, depends, settings):
     (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def check(folder, depends=(), settings=None):
+def check(folder, depends=None, settings=None):
     """Hold a folder against its manifest; ModelError says what is not as it was. Returns what the
     folder depends on.
 
-    depends: those places that can be looked at now; settings: of the run that would go on. Other
+    depends: those roles that can be looked at now; settings: of the run that would go on. Other
     versions are a warning.
     """
     try:
@@ -90,11 +90,11 @@ def check(folder, depends=(), settings=None):
             raise ModelError(
                 f"{file} is {what}; nothing was changed: put back a copy, or start a new run "
                 "(--out)")
-    for place in depends:
-        then, now = manifest["depends"].get(place, {}), depends[place]
+    for role, now in (depends or {}).items():
+        then = manifest["depends"].get(role, {})
         if other := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
             raise ModelError(
-                f"{folder} was written for other files of its {place} than are there now "
+                f"{folder} was written for other files of its {role} than are there now "
                 f"({', '.join(other)}); nothing was changed: put back what was there, or start a "
                 "new run (--out)")
     if settings is None:
@@ -144,8 +144,8 @@ def hashes(folder) -> dict[str, str]:
             continue
         some = hashlib.sha256(str(size).encode())
         with open(path, "rb") as file:
-            for place in range(0, size, size // 64):
-                file.seek(place)
+            for offset in range(0, size, size // 64):
+                file.seek(offset)
                 some.update(file.read(2**16))
         found[path.name] = some.hexdigest()
     return found

@@ -242,7 +242,7 @@ def _of_the_model(model, given):
         found["sft_steps"] = 0
     if model.is_quantised:
         found["bits"] = "4"
-    for name, value in model.adapter_settings.items():
+    for name, value in model.adapter_flags.items():
         if given.get(name, value) != value:
             raise ModelError(f"the adapters to go on with have {name} {value}: leave the flag out")
         found[name] = value

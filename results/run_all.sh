@@ -61,7 +61,6 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
 
 all_runs() {
     local task seed cot_lambda setting temperature threshold
-    local imitation="--imitation 8 --negative-weight 0.25 --temperature-end 0.1"
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=500)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
     # what RL does not train
@@ -89,11 +88,10 @@ all_runs() {
     for seed in 1 2 3; do
         echo evaluate points24-seed$seed-temperature-0.1 ${games[points24]} --task points24 --run runs/points24-seed$seed --temperature 0.1
     done
-    # Points24 with self-imitation; and with four times the steps, exploring more at first
-    for seed in 1 2 3 4 5; do
-        echo train points24-imitation-seed$seed ${games[points24]} --model pocket --task points24 --seed $seed $imitation --temperature 0.3
+    # Points24 with self-imitation
+    for seed in 1 2 3; do
+        echo train points24-imitation-seed$seed ${games[points24]} --model pocket --task points24 --seed $seed --imitation 8
     done
-    echo train points24-imitation-60000-steps-seed1 ${games[points24]} --model pocket --task points24 --seed 1 $imitation --temperature 0.5 --total-timesteps 60000
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
         for player in random heuristic expert; do

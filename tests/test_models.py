@@ -234,7 +234,7 @@ def test_adapters_of_some_layers_and_of_old_names_go_on(agent, shipped, tmp_path
     assert not set(old) & set(load_file(file))
     for _ in range(2):
         found = find_model(str(tmp_path))
-        assert found.adapter_settings == {"rank": 4, "target_modules": ("vision", "language")}
+        assert found.adapter_flags == {"rank": 4, "target_modules": ("vision", "language")}
         back, files = load_policy(found, bits=32)
         assert all(path.endswith(("q_proj", "v_proj")) for path in back.lora) and len(back.lora) == len(old) / 2
         torch.testing.assert_close(back.logprobs(prompts, responses)[0], expected, atol=1e-5, rtol=1e-5)
@@ -416,6 +416,8 @@ def test_a_familys_passes_agree(tiny_families, kind, tmp_path, monkeypatch):
     """Decoding = scoring, batch = one by one, ratio 1 in other company, every part learns, the picture counts, peft."""
     import peft
     agent = family_agent(tiny_families[kind])
+    assert not [path for path, module in agent.model.named_modules()     # no part was forgotten: it would stay frozen
+                if isinstance(module, torch.nn.Linear) and not families.part_of_path(path) and path != "lm_head"]
     shake(agent, size=0.1)
     prompts, pictures, texts = mixed_prompts(agent)
     assert len({len(prompt.ids) for prompt in prompts}) == 3

@@ -142,7 +142,7 @@ def test_parts_in_any_order_are_one_setting(tmp_path, capsys):
     assert not resume and found.task == "numberline" and "this starts one" in capsys.readouterr().out
 
 
-LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_settings={},
+LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_flags={},
                         device="cpu")
 
 
@@ -185,7 +185,7 @@ def test_of_several_defaults_the_nearest_wins(tmp_path, monkeypatch):
     assert [lr("alfworld", household).cot_lambda, lr("alfworld", household, cot_lambda=0.7).cot_lambda] == [0.2, 0.7]
     # files: what adapters were made with comes before a game's own wish, and nothing else may be given
     adapters_of = replace(pocket, adapters="a folder")
-    monkeypatch.setattr(type(pocket), "adapter_settings", {"rank": 8, "target_modules": ("language",)})
+    monkeypatch.setattr(type(pocket), "adapter_flags", {"rank": 8, "target_modules": ("language",)})
     monkeypatch.setattr(TASKS["numberline"], "preferred_settings", {"rank": 16, "sft_steps": 7})
     found = lr("numberline", adapters_of)
     assert (found.rank, found.target_modules, found.sft_steps) == (8, ("language",), 0)
