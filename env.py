@@ -227,6 +227,8 @@ class Blackjack(Game):
     def _is_possible(self):
         if not all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer)):
             return False
+        if not self.over and (self.total(self.player)[0] > 21 or len(self.dealer) > 2):
+            return False
         # nobody draws after the end of a turn: the player's a bust, the dealer's from 17 on
         turns = ((self.player, 22), (self.dealer, 17))
         return all(

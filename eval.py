@@ -217,7 +217,7 @@ def find_policy(options, given, task):
     policy, settings = open_run(options.run, given.get("device"))
     policy.temperature = given.get("temperature", policy.temperature)
     if settings.task != task:
-        print(f"note: {options.run} was trained on {settings.task}")
+        say(f"note: {options.run} was trained on {settings.task}")
         own = resolve(Settings, {"task": task})     # ALFWorld's games are larger
         settings = replace(settings, task=task, num_envs=own.num_envs)
     return policy, options.run, replace(settings, **given)
@@ -339,7 +339,7 @@ def shown(value):
         parts = {key: f"{part:.2f}" if isinstance(part, float) else part
                  for key, part in value.items()}
         return ", ".join(f"{key} {part}" for key, part in parts.items())
-    return f"{value:.4f}" if isinstance(value, float) else value
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
 
 
 def play_task(options, policy, name, settings, given, watch=None):
@@ -368,7 +368,7 @@ def baselines(settings):
 
 def play_all(options, given):
     """Play every task, print a table; return ({"policy", "average" of the four, "tasks"}, None)."""
-    tasks, results = [*TASKS], {}
+    tasks, results, who = [*TASKS], {}, options.run or options.policy or options.model
     try:
         make_game("alfworld")           # now, not after hours of play
     except ImportError as error:
@@ -383,7 +383,7 @@ def play_all(options, given):
         settings = replace(settings, task=task)
         results[task] = result = play_task(options, policy, name, settings, given)
         if options.out:                 # what is played stays, whatever comes of the next
-            Path(options.out).write_text(json.dumps({"policy": name, "tasks": results}) + "\n")
+            Path(options.out).write_text(json.dumps({"policy": who, "tasks": results}) + "\n")
         shares = [
             ("success", result["success"]), ("from", result["success_low"]),
             ("to", result["success_high"]), ("parsed", result["parse_rate"]),
@@ -392,7 +392,7 @@ def play_all(options, given):
         print(f"{task:12}", *told, flush=True)
     average = float(np.mean([results[task]["success"] for task in GAMES]))
     print(f"{'average':12} success {100 * average:5.1f} %  of the four games, as in the paper")
-    return {"policy": name, "average": average, "tasks": results}, None
+    return {"policy": who, "average": average, "tasks": results}, None
 
 
 if __name__ == "__main__":

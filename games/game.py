@@ -145,10 +145,10 @@ class Game(gymnasium.Env):
             setattr(tried, name, copy.deepcopy(state[name]))
         possible = (
             type(tried.steps) is int
-            and 0 <= tried.steps <= self.max_steps
             and type(tried.over) is bool
+            and 0 <= tried.steps < self.max_steps + tried.over
             and type(tried.episode_return) in (int, float)
-            and math.isfinite(tried.episode_return)
+            and -1e6 < tried.episode_return < 1e6
             and tried._is_possible())
         if not possible:
             raise ValueError(f"not a state that {type(self).__name__} can be in: {state}")
@@ -156,6 +156,8 @@ class Game(gymnasium.Env):
         tried.np_random = np.random.default_rng()
         try:
             tried.np_random.bit_generator.state = state["generator"]
+            if state["generator"]["state"]["inc"] % 2 == 0:
+                raise ValueError("its inc is even, and its numbers would soon end")
         except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise ValueError(f"the state's generator is not numpy's PCG64: {error}") from error
         vars(self).update(vars(tried))

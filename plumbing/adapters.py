@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from families import part_of_path
 from plumbing.errors import as_model_error
 
 
@@ -139,11 +140,15 @@ def adapter_settings(folder) -> dict:
             raise ValueError(
                 f"its matrices have ranks {sorted(ranks)}, adapter_config.json says {config['r']}"
             )
+        if other := [path for path in layers if not part_of_path(path)]:
+            raise ValueError(f"it adapts {other[0]}, which is in no part that learns here")
     return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": layers}
 
 
 # What PEFT can ask for and LoRALinear does not do.
-OTHER_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias")
+OTHER_KINDS = (
+    "use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "bias", "alora_invocation_tokens", "fan_in_fan_out", "layer_replication", "target_parameters")
 
 
 def _config(folder):
@@ -162,6 +167,8 @@ def _config(folder):
             raise ValueError("init_lora_weights: adapters whose base was changed for them")
         nothing = (None, False, "none", {}, [])
         asked = [name for name in OTHER_KINDS if config.get(name) not in nothing]
-        if asked:
-            raise ValueError(f"{', '.join(asked)}: adapters of another kind than plain LoRA")
+        if asked or config.get("peft_type") != "LORA":
+            raise ValueError(
+                f"{config.get('peft_type')} {', '.join(asked)}: adapters of another kind than "
+                "plain LoRA")
     return config

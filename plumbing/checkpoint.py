@@ -102,9 +102,10 @@ def kept_hashes(folder, count):
 
     Not the clock's lines, in which two runs of the same bits differ.
     """
-    parts = {name: first_lines(folder / name, count) for name in LINES}
-    parts["eval_start.json"] = first_lines(folder / "eval_start.json", 1)
-    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    kept = dict.fromkeys(LINES, count) | {"eval_start.json": 1}
+    return {
+        name: hashlib.sha256(first_lines(folder / name, lines)).hexdigest()
+        for name, lines in kept.items()}
 
 
 def drop(folder):

@@ -75,7 +75,10 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
     """
     if not model:
         raise ModelError("--model is empty: an unset variable?")
-    if device == "cpu" or not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ModelError("a GPU was asked for (--device, or by the run itself), and none is here")
+    if device == "cpu" or not gpu:
         device = "cpu"
     else:
         device = f"cuda:{torch.cuda.current_device()}"
@@ -96,8 +99,9 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
         if Path(base_model).is_absolute() and not Path(base_model).is_dir():
             if not (base and Path(base).is_dir()):
                 raise ModelError(
-                    f"{adapters} was made for the model in {base_model}, which is not there: to go "
-                    "on with a run, pass the model's present folder as --model with --resume")
+                    f"{adapters} was made for the model in {base_model}, which is not there: put "
+                    "a link to its present folder there; or, to go on with a run, pass that folder "
+                    "as --model with --resume")
             base_model = base
         why = f"{base_model} with the adapters in {adapters}"
     if base_model not in SHIPPED and Path(base_model).is_dir():
@@ -167,7 +171,8 @@ def load_policy(found, bits, rank=32, target_modules=tuple(PARTS), temperature=1
         depends["start adapters"] = hashes(found.adapters)
         own = adapter_settings(found.adapters)
         rank, alpha, target_modules = own["rank"], own["alpha"], own["target_modules"]
-    with as_model_error(f"{found.folder!r} with its tokenizer and chat template"):
+    # every kind of error: other people's numbers in other people's files
+    with as_model_error(f"{found.folder!r} with its tokenizer and chat template", Exception):
         policy = Policy(model, processor, rank, alpha, target_modules, temperature, seed,
                         gradient_checkpointing)
         policy.encode([np.zeros((300, 300, 3), np.uint8)], ["Hello"])       # now, not after an hour

@@ -22,13 +22,16 @@ import torch
 import transformers
 
 import parallel
-from plumbing.errors import ModelError, as_model_error
+from plumbing.errors import UNREADABLE, ModelError, as_model_error, lines_of
 
 ROOT = Path(__file__).parent.parent
 CODE = ("*.py", "games/*.py", "games/alfworld/*.py", "plumbing/*.py")
 NO_CODE = ("test_all.py", "conftest.py")
 # what is read of a model's folder, or of adapters', beside the weights
-READ = ("*config.json", "*token*", "chat_template*", "vocab.json", "merges.txt")
+READ = (
+    "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja")
 WHOLE = 64 * 2**20      # weights' files up to this size are hashed whole, larger ones at 64 places
 
 
@@ -80,7 +83,7 @@ def check(folder, depends=None, settings=None):
         if "depends" not in manifest:
             raise ValueError("it is an earlier version's")
         files, was = manifest["files"], manifest["versions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise ModelError(
             f"{folder} has no manifest that can be read, so it is not taken: {error}") from error
     for name, digest in files.items():
@@ -111,8 +114,9 @@ def check(folder, depends=None, settings=None):
         f"{name} {was.get(name)} → {now}" for name, now in versions().items()
         if was.get(name) != now]
     if changed and parallel.rank() == 0:
-        print(f"note: since {Path(folder).name} was written these have changed, so bits may differ "
-              f"from a run left alone: {', '.join(changed)}", file=sys.stderr)
+        said = (f"note: since {Path(folder).name} was written these have changed, so bits may "
+                f"differ from a run left alone: {', '.join(changed)}")
+        print(lines_of(said), file=sys.stderr)
     return manifest["depends"]
 
 
@@ -131,11 +135,12 @@ def hashes(folder) -> dict[str, str]:
     Of large files of weights the hash is of the size and of 64 places of 64 KiB.
     """
     folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
-    names = {"model.safetensors", "adapter_model.safetensors"}
+    names = {*READ, "model.safetensors", "adapter_model.safetensors"}
     with as_model_error(index):
         if index.exists():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-    names |= {file.name for pattern in READ for file in folder.glob(pattern)}
+            names |= set(json.loads(index.read_text())["weight_map"].values())
+    if not (folder / "tokenizer.json").exists():
+        names.add("tokenizer.model")            # read only where there is no tokenizer.json
     found = {}
     for path in sorted(folder / name for name in names if (folder / name).exists()):
         size = path.stat().st_size

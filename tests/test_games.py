@@ -49,7 +49,12 @@ def test_games_refuse_what_makes_no_sense():
 
 @pytest.mark.parametrize("task, changes", [
     ("blackjack", {"player": [1]}), ("blackjack", {"dealer": [1, 52]}), ("blackjack", {"player": "ab"}),
-    ("blackjack", {"dealer": [0] * 10**4}), ("blackjack", {"dealer": [0, 36, 4]}), ("blackjack", {"player": [40] * 4}),
+    ("blackjack", {"dealer": [0] * 10**4}), ("blackjack", {"player": [36, 36, 36]}),
+    ("blackjack", {"dealer": [4, 8, 12]}), ("blackjack", {"episode_return": 10**400}),
+    ("numberline", {"steps": 10}),
+    ("blackjack", {"generator": {"bit_generator": "PCG64", "state": {"state": 0, "inc": 0}, "has_uint32": 0,
+                                 "uinteger": 0}}),
+    ("blackjack", {"dealer": [0, 36, 4]}), ("blackjack", {"player": [40] * 4}),
     ("blackjack", {"over": 0}), ("blackjack", {"episode_return": float("nan")}), ("blackjack", {"steps": -1}),
     ("blackjack", {"generator": {"bit_generator": "MT19937"}}), ("blackjack", {"generator": 7}),
     ("numberline", {"target": 6}), ("numberline", {"current": "3"}), ("numberline", {"steps": 11}),

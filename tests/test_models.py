@@ -186,6 +186,12 @@ def test_peft_reads_our_adapters(agent, shipped, tmp_path):
     files.load(again, tmp_path)
     for mine, saved in zip(again.logprobs(prompts, responses), agent.logprobs(prompts, responses)):
         assert torch.equal(mine, saved)
+    stored = load_file(tmp_path / "adapter_model.safetensors")          # the head's would be read past
+    more = {f"base_model.model.lm_head.lora_{matrix}.weight": torch.ones(8, 8) for matrix in "AB"}
+    save_file(stored | more, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="adapts lm_head, which is in no part"):
+        adapters.adapter_settings(tmp_path)
+    save_file(stored, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="rank"):
         files.load(Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2), tmp_path)
     with pytest.raises(ModelError, match="other layers"):
@@ -271,6 +277,12 @@ def test_loading_says_what_to_do(tiny, tmp_path, monkeypatch):
         memory.stored_bytes(tmp_path)
     other = shutil.copytree(tiny, tmp_path / "other")
     edit(other / "config.json", image_token_index=10**6, image_token_id=10**6)
+    with pytest.raises(ModelError, match="tokenizer and chat template"):
+        load_policy(find_model(str(other)), bits=32, rank=2)
+    shutil.copy(tiny / "config.json", other)
+    processor = json.loads((other / "processor_config.json").read_text())
+    processor["image_processor"]["image_mean"] = [0.5, None]
+    (other / "processor_config.json").write_text(json.dumps(processor))
     with pytest.raises(ModelError, match="tokenizer and chat template"):
         load_policy(find_model(str(other)), bits=32, rank=2)
     with pytest.raises(ValueError, match="4, 16 or 32"):
@@ -587,7 +599,9 @@ def test_ratio_is_one_in_bf16_at_depth(mistral, shapes):
     ('{"r": 4, "lora_alpha": 0}', "lora_alpha is 0"),
     ('{"r": 4, "lora_alpha": 8, "target_modules": []}', "target_modules"),
     ('{"r": 4, "lora_alpha": 8, "target_modules": ["a"], "base_model_name_or_path": "pocket", "use_rslora": true}',
-     "use_rslora")])
+     "use_rslora"),
+    ('{"r": 4, "lora_alpha": 8, "target_modules": ["a"], "base_model_name_or_path": "pocket", "peft_type": "LOHA"}',
+     "LOHA")])
 def test_damaged_adapters_are_told_in_a_sentence(tmp_path, config, message):
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(SystemExit, match="adapter_config.json") as stop:

@@ -326,6 +326,8 @@ DAMAGES = {             # what is done to a run's folder and its newest checkpoi
     "value_head.safetensors is missing": lambda run, last: (last / "value_head.safetensors").unlink(),
     "process0.json is not as it was": lambda run, last: edit(last / "process0.json", update=1),
     "no manifest": lambda run, last: (last / "manifest.json").unlink(),
+    "no manifest that can be read": lambda run, last: (last / "manifest.json").write_text("null"),
+    "no manifest that can be read, so": lambda run, last: (last / "manifest.json").write_text("[" * 10**5),
     "it is not as it was written": lambda run, last: edit(last / "manifest.json", depends={}),
     "it is an earlier version's": lambda run, last: as_an_earlier_version(last / "manifest.json"),
     "was written as checkpoint-000002": lambda run, last: last.rename(run / "checkpoint-000003"),
@@ -384,7 +386,9 @@ def test_a_base_model_that_changed_is_noticed(stopped_run, tmp_path):
 def test_all_that_a_policy_reads_of_a_model_is_hashed(tiny, tmp_path, monkeypatch):
     """Not the weights alone: a chat template, an image's mean, a normaliser, eps, an end token give other bits too."""
     shutil.copytree(tiny, tmp_path / "model")
-    (tmp_path / "model" / "notes.txt").write_text("anybody's")
+    (tmp_path / "model" / "notes_on_tokens.txt").write_text("anybody's")
+    (tmp_path / "model" / "tokenizer").mkdir()
+    (tmp_path / "model" / "tokenizer.model").write_text("not read beside tokenizer.json")
     before = manifest.hashes(tmp_path / "model")
     assert set(before) == {file.name for file in tiny.iterdir()}
     for name, content in ((file.name, file.read_bytes()) for file in tiny.iterdir()):
@@ -392,6 +396,10 @@ def test_all_that_a_policy_reads_of_a_model_is_hashed(tiny, tmp_path, monkeypatc
         now = manifest.hashes(tmp_path / "model")
         assert [file for file in now if now[file] != before[file]] == [name]
         (tmp_path / "model" / name).write_bytes(content)
+    index = {"weight_map": {"a": "model-00001.safetensors"}}            # beside shards the one file is what is read
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model-00001.safetensors")
+    assert {"model.safetensors", "model-00001.safetensors"} <= set(manifest.hashes(tmp_path / "model"))
     (big := tmp_path / "model.safetensors").write_bytes(bytes(3000))
     whole = manifest.hashes(tmp_path)
     monkeypatch.setattr(manifest, "WHOLE", 1000)                        # larger: at 64 places
@@ -479,6 +487,8 @@ def test_a_run_goes_on_from_its_own_model_and_says_no_other(stopped_run, tmp_pat
     lines = [tmp_path / "run" / name for name in ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")]
     for file in lines:                                                  # of an update after the checkpoint: it goes
         file.write_text(file.read_text() + '{"update": 3, "left": 1}\n' * 2)
+    with pytest.raises(SystemExit, match="--device, or by the run itself"):
+        train.main([*stopped_run[1][:4], "--device", "cuda", "--out", str(tmp_path / "gpu")])
     train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume", "--model", "auto",
                 "--save-every", "3"])
     for file in lines:
