@@ -42,6 +42,7 @@ OURS = {
     "**PPO**": "",
     "PPO without chain of thought": "no-cot",
     "PPO on features, no language model": "features",
+    "PPO with self-imitation": "imitation",
     "supervised learning on clean labels of one game": "best-start",
     "uniform random": "random",
     "best constant action": "constant",
@@ -191,7 +192,8 @@ def plans():
     keys = ("plan_rate", "plan_followed", "success")
     learned = {"SFT start": "start", "**PPO**": ""}
     others = {"SFT start, temperature 0.3": "start-temperature-0.3",
-              "SFT start, temperature 0.1": "start-temperature-0.1"}
+              "SFT start, temperature 0.1": "start-temperature-0.1",
+              "PPO with self-imitation": "imitation"}
     rows = behaviour("ezpoints", learned, keys) + behaviour("points24", learned | others, keys)
     return markdown(["formula games, %", "plan right while a solution is in reach",
                      "next symbol follows the plan", "success"], rows)
