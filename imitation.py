@@ -3,6 +3,7 @@
     won = WonGames(len(games))
     won.add(rollout)                                                # after it was played
     imitate(policy, optimizer, won, games[0], settings, generator)  # after its update
+    kl_since(policy, rollout, settings)                             # how far all steps have gone
 
 PPO looks at an answer during one update and then throws it away. Where wins are rare and a deal
 comes back seldom (Points24: 566 sets of numbers that have a solution, some 1,600 games a run), what
