@@ -229,12 +229,14 @@ class Family:
         return {"mm_encoder_outputs": {"image": seen}, **dict.fromkeys(types, is_image)}
 
     def positions(self, images, ids, mask):
-        """(B, length) of left-padded ids and mask; (3, B, length) for the Qwens.
+        """(B, length) of ids and mask, padded on either side; (3, B, length) for the Qwens.
 
         Their image tokens have a row and a column beside their place in the text (M-RoPE).
         """
         if not hasattr(self.model.model, "get_rope_index"):
-            return (mask.cumsum(1) - 1).clamp(min=0)
+            # padding on the right counts on: a place told twice would be taken for another text's
+            first = mask.argmax(1, keepdim=True)                    # (B, 1)
+            return (torch.arange(ids.shape[1]) - first).clamp(min=0)
         grid = torch.cat([one["image_grid_thw"] for one in images])
         is_image = (ids == self.image_token).int()
         return self.model.model.get_rope_index(

@@ -144,6 +144,17 @@ class ValueHead(nn.Module):
 
 
 # ---- the policy --------------------------------------------------------------------------------
+def _padded(rows, length, left=False):
+    """Lists of token ids as ids and mask (B, length), 0 where padded: any id will do there."""
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        begin = length - len(tokens) if left else 0
+        ids[row, begin:begin + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, begin:begin + len(tokens)] = 1
+    return ids, mask
+
+
 @dataclass
 class Prompt:
     """What the model gets in one state of a game: stored when it is answered, scored as stored."""
@@ -230,24 +241,15 @@ class Policy(nn.Module):
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]      # the prompt has BOS
         return [list(row) + [self.tokenizer.eos_token_id] for row in ids]
 
-    def _collate(self, prompts, responses=None, shape=None):
-        """Left-pad the prompts to P, right-pad the responses to T.
+    def _side_by_side(self, prompts, texts, length=None, left=False):
+        """Texts of the prompts' pictures (lists of token ids, the prompt first) as one batch.
 
-        Returns ids and mask (B, P+T), positions (the same, or (3, B, P+T) with M-RoPE), P, T. Every
-        prompt ends at P-1 and every response begins at P, whatever their lengths. shape: (rows, P,
-        T) to pad to; without one, to the batch's own longest.
+        Returns ids and mask (B, length), and positions (the same, or (3, B, length) with M-RoPE).
+        Padded on the right, or on the left: then all texts end together, and go on together.
         """
-        responses = responses or [[] for _ in prompts]              # none yet: the prompts alone
-        longest = max(len(p.ids) for p in prompts), max(len(r) for r in responses)
-        P, T = shape[1:] if shape else longest
-        ids = torch.zeros(len(prompts), P + T, dtype=torch.long)    # 0 where masked: any id will do
-        mask = torch.zeros_like(ids)                                # (B, P+T)
-        for row, (prompt, response) in enumerate(zip(prompts, responses)):
-            ids[row, P - len(prompt.ids):P] = torch.tensor(prompt.ids)
-            ids[row, P:P + len(response)] = torch.tensor(response, dtype=torch.long)
-            mask[row, P - len(prompt.ids):P + len(response)] = 1    # one run of ones a row
+        ids, mask = _padded(texts, length or max(map(len, texts)), left)
         positions = self.family.positions([prompt.images for prompt in prompts], ids, mask)
-        return ids.to(self.device), mask.to(self.device), positions.to(self.device), P, T
+        return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
     # -- through: the model's body
     def image_features(self, prompts):
@@ -279,33 +281,46 @@ class Policy(nn.Module):
     def logprobs(self, prompts: list[Prompt], responses: list[list[int]], shape=None):
         """Score responses: the single function for old, new and supervised answers.
 
-        shape: (rows, P, T) that the batch is padded to (rollout.padded_shapes); without one, to its
-        own longest. Returns logp (B, T) fp32, the log-probability of each response token given all
-        before it, 0 where padded; mask (B, T) float, 1 on response tokens; value (B,) fp32, read at
-        the last prompt token (before any response token, so it cannot see what was answered).
+        shape: (rows, length, T) that the batch is padded to (rollout.padded_shapes); without one,
+        to its own longest. Returns logp (B, T) fp32, the log-probability of each response token
+        given all before it, 0 where padded; mask (B, T) float, 1 on response tokens; value (B,)
+        fp32, read at the last prompt token (before any response token, so it cannot see what was
+        answered).
         """
         B = len(prompts)
-        if shape:       # missing rows are copies of the first, dropped below
-            prompts = [*prompts, *prompts[:1] * (shape[0] - B)]
-            responses = [*responses, *responses[:1] * (shape[0] - B)]
-        ids, mask, positions, P, T = self._collate(prompts, responses, shape)
+        rows, length, T = shape or (B, None, max(map(len, responses)))
+        # missing rows are copies of the first, dropped below
+        prompts = [*prompts, *prompts[:1] * (rows - B)]
+        responses = [*responses, *responses[:1] * (rows - B)]
+        texts = [prompt.ids + response for prompt, response in zip(prompts, responses)]
         self._set_mode(train=self.gradient_checkpointing and torch.is_grad_enabled())
-        features = self.image_features(prompts)                         # B × (I, levels, D)
-        hidden = self._body(ids, mask, positions, features).last_hidden_state[:B]
-        ids, mask = ids[:B], mask[:B, P:].float()                       # (B, P+T), (B, T)
-        value = self.value_head(hidden[:, P - 1])                       # (B,)
-        # the hidden state at position t-1 predicts token t
-        logp = self._log_softmax(hidden[:, P - 1:P + T - 1])            # (B, T, V)
-        logp = logp.gather(-1, ids[:, P:, None]).squeeze(-1)            # (B, T)
-        return torch.where(mask > 0, logp, 0.0), mask, value
+        hidden, ends = self._read(prompts, texts, length)               # (rows, length, D), (rows,)
+        hidden, ends = hidden[:B], ends[:B, None]
+        tokens, mask = (one.to(self.device) for one in _padded(responses[:B], T))   # (B, T)
+        each = torch.arange(B, device=self.device)[:, None]             # (B, 1)
+        value = self.value_head(hidden[each, ends][:, 0])               # (B,)
+        # the hidden state at a place predicts the token of the next; what lies beyond is masked
+        places = ends + torch.arange(T, device=self.device)             # (B, T)
+        logp = self._log_softmax(hidden[each, places.clamp(max=hidden.shape[1] - 1)])   # (B, T, V)
+        logp = logp.gather(-1, tokens[..., None]).squeeze(-1)           # (B, T)
+        return torch.where(mask > 0, logp, 0.0), mask.float(), value
+
+    def _read(self, prompts, texts, length=None):
+        """Hidden states of texts (B, length, D), and the prompts' last places (B,).
+
+        subtle: padded on the right and without a mask. No token sees what comes after it, so
+        padding is seen by none that counts, and attention has its fastest kernels.
+        """
+        ids, _, positions = self._side_by_side(prompts, texts, length)
+        hidden = self._body(ids, None, positions, self.image_features(prompts)).last_hidden_state
+        return hidden, torch.tensor([len(p.ids) - 1 for p in prompts], device=self.device)
 
     @torch.no_grad()
     def prompt_hidden(self, prompts):
         """What the value head reads: hidden states (B, D) at the prompts' last tokens."""
-        ids, mask, positions, P, _ = self._collate(prompts)
         self._set_mode(train=False)
-        features = self.image_features(prompts)
-        return self._body(ids, mask, positions, features).last_hidden_state[:, P - 1]
+        hidden, ends = self._read(prompts, [prompt.ids for prompt in prompts])
+        return hidden[torch.arange(len(prompts), device=self.device), ends]
 
     @torch.no_grad()
     def value(self, prompts):
@@ -323,7 +338,8 @@ class Policy(nn.Module):
         its text after each token with a "}" (parse.json_closed). greedy: the likeliest token, not a
         draw. Raises FloatingPointError where the model's log-probabilities are not finite.
         """
-        ids, mask, positions, _, _ = self._collate(prompts)                     # (B, P)
+        texts = [prompt.ids for prompt in prompts]
+        ids, mask, positions = self._side_by_side(prompts, texts, left=True)    # (B, P)
         self._set_mode(train=False)
         hidden, cache = self._prefill(ids, mask, positions, self.image_features(prompts))
         position = positions[..., -1:]                                          # of the last token

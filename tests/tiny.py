@@ -226,9 +226,13 @@ KINDS = {"llava": llava, "llava_onevision": llava_onevision, "qwen2_vl": qwen2_v
          "idefics3": idefics3, "smolvlm": smolvlm}
 
 
-def make(kind: str, folder, seed=0):
-    """Write a tiny random checkpoint of a family to a folder."""
+def make(kind: str, folder, seed=0, layers=None):
+    """Write a tiny random checkpoint of a family to a folder; layers: of its language model, if not three or four."""
     model_class, config, processor_class, parts, image = KINDS[kind]()
+    if layers:
+        text = config.get_text_config()
+        text.layer_types = (getattr(text, "layer_types", None) or ["full_attention"]) * layers
+        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
     config.initializer_range = 0.08
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
