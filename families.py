@@ -33,6 +33,9 @@ class Facts:
     square: bool = False        # LLaVA's: squeezed to the vision tower's size, without tiles
     options: dict = field(default_factory=dict)     # else what the processor is told
     one_prefill: bool = False   # linear attention: no two prefills' caches can be put together
+    # whether decode.FixedCache serves: not sliding or linear attention, nor experts whose tokens
+    # are counted on the CPU
+    fixed_cache: bool = True
 
 
 FAMILIES = {
@@ -42,12 +45,13 @@ FAMILIES = {
     "qwen2_vl": Facts(),
     "qwen2_5_vl": Facts(),
     "qwen3_vl": Facts(),
-    "qwen3_vl_moe": Facts(),            # its experts are no linear layers: no adapters, no 4 bits
-    "qwen3_5": Facts(one_prefill=True),
+    # its experts are no linear layers: no adapters, no 4 bits
+    "qwen3_vl_moe": Facts(),
+    "qwen3_5": Facts(one_prefill=True, fixed_cache=False),
     "glm4v": Facts(),
     "smolvlm": Facts(options={"do_image_splitting": False}),
     "idefics3": Facts(options={"do_image_splitting": False}),
-    "gemma3": Facts(options={"do_pan_and_scan": False}),
+    "gemma3": Facts(options={"do_pan_and_scan": False}, fixed_cache=False),
     "internvl": Facts(options={"crop_to_patches": False}),
 }
 
@@ -147,6 +151,8 @@ class Family:
         self.image_token = model.config.image_token_id
         self.forward_arguments = set(inspect.signature(model.model.forward).parameters)
         self.as_list = True         # whether the forward pass takes features as a list
+        sliding = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.fixed_cache = self.facts.fixed_cache and not sliding
 
     def end_tokens(self) -> set[int]:
         """The tokens that end an answer; Gemma has several."""

@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+from decode import open_cache, slots_for
 from families import PARTS, Family, load_processor, part_of_path
-
-# Prompts are read in groups of at most so many tokens, for memory; decoding takes them all at once.
-PREFILL_TOKENS = 8192
+from lora import add_lora, recast
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -59,48 +58,6 @@ def load_model(name: str, bits=32, device="cpu"):
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     return model, processor
-
-
-# ---- LoRA --------------------------------------------------------------------------------------
-class LoRALinear(nn.Module):
-    """y = W x + (α/r) B A x  with W frozen; arXiv 2106.09685, equation 3.
-
-    W is an nn.Linear or bitsandbytes' Linear4bit: only the layer's output is corrected. A (r, in)
-    starts random, B (out, r) at zero, so the adapted layer starts as the layer it adapts. Both are
-    kept in fp32, whatever W is in, and used in x's type.
-    """
-
-    def __init__(self, base, rank, alpha, generator):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank          # W stays where and what it is
-        bound = 1 / math.sqrt(base.in_features)
-        A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))    # the CPU's draw, on any device
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-
-    # some modules read these themselves: SigLIP's pooling head to multiply, others for their type
-    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
-
-    def forward(self, x):
-        # scaled on the narrow side (…, r), where it costs least
-        down = self.scale * F.linear(x, self.lora_A.to(x.dtype))
-        return self.base(x) + F.linear(down, self.lora_B.to(x.dtype))
-
-
-def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:
-    """Give every linear layer of target_modules (keys of PARTS, or layers' own paths) an adapter.
-
-    All else is frozen, the output head too: it is in no part. Returns {module path: LoRALinear}.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    layers = {}
-    for path, module in list(model.named_modules()):        # a list: the tree changes below
-        if {path, part_of_path(path)} & {*target_modules} and isinstance(module, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            layers[path] = LoRALinear(module, rank, alpha, generator)       # Linear4bit is one too
-            setattr(model.get_submodule(parent), name, layers[path])
-    return layers
 
 
 # ---- the value head ----------------------------------------------------------------------------
@@ -190,6 +147,7 @@ class Policy(nn.Module):
         self.value_head = ValueHead(hidden_size, generator).to(model.device)
 
         # how the model runs
+        self.mode = self.cache = self.head = None       # _set_mode's, decode.open_cache's, _cast's
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:                      # memory for time
             model.activation_checkpointing_enable(
@@ -198,6 +156,9 @@ class Policy(nn.Module):
 
         # which tokens end an answer, may close its JSON, are never sampled
         self.family = Family(model, processor)
+        # decode.py: "growing", "fixed", or "captured"
+        captured = model.device.type == "cuda" and self.family.fixed_cache
+        self.decoding = "captured" if captured else "growing"
         self.end_tokens = self.family.end_tokens()
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
@@ -216,8 +177,17 @@ class Policy(nn.Module):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
 
-    def _set_mode(self, train):
-        """Without dropout, train mode only turns checkpointing on, and with it the cache off."""
+    def _set_mode(self, playing=False):
+        """Ready the model to play, to score or to learn; it is remembered, for it takes a while."""
+        # without dropout, train mode only turns checkpointing on, and with it the cache off
+        train = self.gradient_checkpointing and torch.is_grad_enabled() and not playing
+        if self.mode == (playing, train):
+            return
+        self.mode = playing, train
+        if not playing:         # learning has the memory
+            self.cache = self.head = None
+            for layer in self.lora.values():
+                layer.playing = None
         self.model.train(train)
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":   # by name: to import it takes seconds
@@ -263,18 +233,20 @@ class Policy(nn.Module):
             prompt.features = features.cpu()        # a rollout's are too many for a GPU
         return [prompt.features.to(self.device) for prompt in prompts]
 
-    def _body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
+    def body(self, ids, mask, positions, features=None, cache=None, use_cache=False):
         """transformers' own model up to the last hidden states (B, length, D), plus its cache."""
         images = {} if features is None else self.family.image_inputs(ids, features)
         return self.model.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=use_cache, **images)
 
-    def _log_softmax(self, hidden):
+    def log_softmax(self, hidden):
         """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
         # subtle: in fp32 from the head on. A bf16 logit of 20 is off by up to 0.06, which at
         # temperature 0.2 is 0.3 nats.
-        head = self.model.get_output_embeddings().weight.float()
+        head = self.head
+        if head is None:
+            head = self.model.get_output_embeddings().weight.float()
         logits = F.linear(hidden.float(), head) / self.temperature
         return logits.masked_fill(self.suppress_tokens, -torch.inf).log_softmax(-1)
 
@@ -293,7 +265,7 @@ class Policy(nn.Module):
         prompts = [*prompts, *prompts[:1] * (rows - B)]
         responses = [*responses, *responses[:1] * (rows - B)]
         texts = [prompt.ids + response for prompt, response in zip(prompts, responses)]
-        self._set_mode(train=self.gradient_checkpointing and torch.is_grad_enabled())
+        self._set_mode()
         hidden, ends = self._read(prompts, texts, length)               # (rows, length, D), (rows,)
         hidden, ends = hidden[:B], ends[:B, None]
         tokens, mask = (one.to(self.device) for one in _padded(responses[:B], T))   # (B, T)
@@ -301,7 +273,7 @@ class Policy(nn.Module):
         value = self.value_head(hidden[each, ends][:, 0])               # (B,)
         # the hidden state at a place predicts the token of the next; what lies beyond is masked
         places = ends + torch.arange(T, device=self.device)             # (B, T)
-        logp = self._log_softmax(hidden[each, places.clamp(max=hidden.shape[1] - 1)])   # (B, T, V)
+        logp = self.log_softmax(hidden[each, places.clamp(max=hidden.shape[1] - 1)])   # (B, T, V)
         logp = logp.gather(-1, tokens[..., None]).squeeze(-1)           # (B, T)
         return torch.where(mask > 0, logp, 0.0), mask.float(), value
 
@@ -312,13 +284,13 @@ class Policy(nn.Module):
         padding is seen by none that counts, and attention has its fastest kernels.
         """
         ids, _, positions = self._side_by_side(prompts, texts, length)
-        hidden = self._body(ids, None, positions, self.image_features(prompts)).last_hidden_state
+        hidden = self.body(ids, None, positions, self.image_features(prompts)).last_hidden_state
         return hidden, torch.tensor([len(p.ids) - 1 for p in prompts], device=self.device)
 
     @torch.no_grad()
     def prompt_hidden(self, prompts):
         """What the value head reads: hidden states (B, D) at the prompts' last tokens."""
-        self._set_mode(train=False)
+        self._set_mode()
         hidden, ends = self._read(prompts, [prompt.ids for prompt in prompts])
         return hidden[torch.arange(len(prompts), device=self.device), ends]
 
@@ -338,16 +310,22 @@ class Policy(nn.Module):
         its text after each token with a "}" (parse.json_closed). greedy: the likeliest token, not a
         draw. Raises FloatingPointError where the model's log-probabilities are not finite.
         """
+        self._set_mode(playing=True)
+        self._cast()
         texts = [prompt.ids for prompt in prompts]
         ids, mask, positions = self._side_by_side(prompts, texts, left=True)    # (B, P)
-        self._set_mode(train=False)
-        hidden, cache = self._prefill(ids, mask, positions, self.image_features(prompts))
-        position = positions[..., -1:]                                          # of the last token
+        cache = open_cache(self, positions, slots_for(ids.shape[1], max_new_tokens))
+        logp = cache.read(ids, mask, positions, self.image_features(prompts))   # (B, V)
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))           # rows; all go on until none is left
         for length in range(1, max_new_tokens + 1):
-            drawn = self._draw(self._log_softmax(hidden), generator, greedy)    # (B, 1)
-            for row, token in enumerate(drawn[:, 0].tolist()):
+            drawn = self._draw(logp, generator, greedy)         # (B, 1)
+            tokens = drawn[:, 0].tolist()                       # the one wait for a GPU a token
+            if -1 in tokens:
+                raise FloatingPointError(
+                    "the model's log-probabilities are not finite: its files are damaged, or it "
+                    "has diverged; then start a new run (--out) with a smaller --lr or --bits 32")
+            for row, token in enumerate(tokens):
                 if row not in unfinished:
                     continue                            # drawn for nothing
                 responses[row].append(token)            # the end token too: it is scored
@@ -357,42 +335,26 @@ class Policy(nn.Module):
                     unfinished.discard(row)
             if not unfinished or length == max_new_tokens:
                 break
-            # one more token: only it goes through the model, the cache has the rest
-            mask, position = F.pad(mask, (0, 1), value=1), position + 1
-            output = self._body(drawn, mask, position, cache=cache, use_cache=True)
-            hidden = output.last_hidden_state[:, -1]
+            logp = cache.step(drawn)        # only the new token goes through the model
         return responses
 
-    def _draw(self, logp, generator, greedy):
-        """A token for each row of log-probabilities (B, V): (B, 1)."""
-        if logp.isnan().any():
-            raise FloatingPointError(
-                "the model's log-probabilities are not finite: its files are damaged, or it has "
-                "diverged; then start a new run (--out) with a smaller --lr or --bits 32")
-        if greedy:
-            return logp.argmax(-1, keepdim=True)
-        return torch.multinomial(logp.exp(), 1, generator=generator)
+    def _cast(self):
+        """For all tokens of a call once: adapters in the model's type, the head in fp32."""
+        for layer in self.lora.values():
+            layer.cast(self.model.dtype)
+        head = self.model.get_output_embeddings().weight
+        self.head = recast(head, torch.float32, self.head)
 
-    def _prefill(self, ids, mask, positions, features):
-        """Read prompts in groups: hidden states at their ends (B, D), and one cache for all."""
-        B, P = ids.shape
-        size = B if self.family.facts.one_prefill else max(1, PREFILL_TOKENS // P)
-        ends, caches = [], []
-        for k in range(0, B, size):
-            rows = slice(k, k + size)
-            output = self._body(
-                ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
-            ends.append(output.last_hidden_state[:, -1])
-            caches.append(output.past_key_values)
-        if len(caches) == 1:
-            return ends[0], caches[0]
-        for first, *others in zip(*(cache.layers for cache in caches)):
-            for name in ("keys", "values"):
-                parts = [getattr(layer, name) for layer in (first, *others)]
-                setattr(first, name, torch.cat(parts))
-                for layer in others:
-                    setattr(layer, name, None)      # free its memory, a layer at a time
-        return torch.cat(ends), caches[0]
+    def _draw(self, logp, generator, greedy):
+        """A token for each row of log-probabilities (B, V): (B, 1); -1 where they are nan."""
+        broken = logp.isnan().any(-1, keepdim=True)
+        if greedy:
+            drawn = logp.argmax(-1, keepdim=True)
+        else:
+            # no draw from what is not finite: on a GPU it would end the program
+            chances = logp.exp().masked_fill(broken, 1)
+            drawn = torch.multinomial(chances, 1, generator=generator)
+        return drawn.masked_fill(broken, -1)
 
     def decode(self, response: list[int]) -> str:
         """Text of a response, without special tokens, not tidied up."""

@@ -6,9 +6,11 @@
     python -m lab.bench --model llava-7b-random --memory-gb 24  # 7B's shape; without a GPU its plan
 
 Prints a table; the last line is one JSON object with every figure (also to --out). Speed and memory
-do not depend on the weights' values, so `llava-7b-random` needs no download (shapes.py). mfu is the
-share of a plain matrix product's rate that learning reaches. Does not handle: whether anything is
-learned (eval.py).
+do not depend on the weights' values, so `llava-7b-random` needs no download (shapes.py). Some
+figures' meanings: mfu is the share of a plain matrix product's rate that learning reaches;
+decode_tokens_per_s is of the steps that follow a prompt alone, play_tokens_per_s of all that comes
+before learning; plain_… is decoding with a cache that grows; update_of_512_s is what a run's
+default update would take at these rates. Does not handle: whether anything is learned (eval.py).
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from env import TASKS
@@ -38,8 +41,8 @@ from train import Run, make_policy
 
 GIB = 2**30
 RANDOM_7B = "llava-7b-random"
-FLAGS = ("num_envs", "num_steps", "bits", "gradient_checkpointing", "micro_batch_size",
-         "play_batch_size")
+FLAGS = ("num_envs", "num_steps", "update_epochs", "bits", "gradient_checkpointing",
+         "micro_batch_size", "play_batch_size")
 
 
 # ---- the machine (Linux: memory and processor are read from /proc) ---------------------------
@@ -117,7 +120,47 @@ def flops_a_sample(policy, prompts, responses):
     return counter.get_total_flops() / len(prompts)
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the operations that a GPU would launch: views and new empty tensors are none."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        idle = ("empty", "detach", "_unsafe_view", "lift_fresh")
+        self.number += not (function.is_view or any(name in str(function) for name in idle))
+        return function(*arguments, **(more or {}))
+
+
 # ---- measuring ---------------------------------------------------------------------------------
+def decoding(policy, prompts, kind, tokens=ANSWER_TOKENS):
+    """(tokens a second, kernels a token) of decoding alone, with a cache of decode.py.
+
+    Each is a difference between answers of two lengths: it is free of the prompts' reading.
+    """
+    own = policy.decoding, policy.end_tokens
+    policy.end_tokens = set()               # every row goes on to its last token
+    generator = torch.Generator(policy.device).manual_seed(0)
+
+    def write(length):
+        return policy.generate(prompts, generator, length)
+
+    def count(length):
+        with Kernels() as counted:
+            write(length)
+        return counted.number
+
+    policy.decoding, seconds = kind, []
+    for length in (tokens // 2, tokens):
+        write(length)                       # what is recorded, is recorded here
+        seconds.append(timed(policy.device, write, length)[1])
+    policy.decoding, policy.cache = "growing" if kind == "growing" else "fixed", None
+    write(2)
+    launched = count(3) - count(2)
+    policy.cache = None
+    policy.decoding, policy.end_tokens = own
+    return len(prompts) * (tokens - tokens // 2) / (seconds[1] - seconds[0]), launched
+
+
 def play(run):
     """A rollout that is ready to learn from."""
     rollout = collect(run.policy, run.games, run.settings, run.sampling, run.fallback)
@@ -155,24 +198,34 @@ def measure(run, updates):
 
     playing, learning, prompt_tokens, answer_tokens = (
         sum(column) / updates for column in zip(*rows))
+    some = rollout.prompts[:settings.play_batch_size]
+    decoded = dict(zip(("decode_tokens_per_s", "kernels_a_token"),
+                       decoding(policy, some, policy.decoding)))
+    if policy.decoding != "growing":
+        decoded |= zip(("plain_decode_tokens_per_s", "plain_kernels_a_token"),
+                       decoding(policy, some, "growing"))
     samples, learned = settings.batch_size, settings.batch_size * settings.update_epochs
+    usual = Settings.num_envs * Settings.num_steps
     flops = flops_a_sample(policy, rollout.prompts[:8], rollout.responses[:8])
     rate, reached = matmul_rate(device, policy.model.dtype), learned * flops / learning
     return {
-        "env_steps_per_s": samples / playing, "tokens_per_s": answer_tokens / playing,
-        "samples_per_s": learned / learning, "ratio_error": max(ratio_errors),
+        "env_steps_per_s": samples / playing, "play_tokens_per_s": answer_tokens / playing,
+        **decoded, "samples_per_s": learned / learning, "ratio_error": max(ratio_errors),
         "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
+        "update_of_512_s":
+            usual * (playing / samples + Settings.update_epochs * learning / learned),
         "answer_tokens": answer_tokens / samples, "prompt_tokens": prompt_tokens / samples,
         **highest, "memory_gib": memory, "matmul_tflops": rate / 1e12,
         "update_tflops": reached / 1e12, "mfu": reached / rate}
 
 
 def profile(run):
-    """Print where one whole update's time goes, by operation."""
+    """Print the ten operations that take longest in playing a step and learning from it once."""
+    run.settings = replace(run.settings, num_steps=1, update_epochs=1)
     with torch.profiler.profile() as trace:
         one_update(run)
     by = f"self_{run.policy.device.type}_time_total"
-    print(trace.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50))
+    print(trace.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=50))
 
 
 # ---- LLaVA-1.6-7B's shape ----------------------------------------------------------------------

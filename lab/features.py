@@ -93,7 +93,7 @@ class FeaturePolicy(nn.Module):
     def value(self, prompts):
         return self.value_head(self.prompt_hidden(prompts))
 
-    def _log_softmax(self, hidden):
+    def log_softmax(self, hidden):
         """(B, I·D) → (B, number of actions)."""
         wide = self.wide(self.value_head.standardised(hidden)).relu()
         return self.narrow(wide).log_softmax(-1)
@@ -101,14 +101,14 @@ class FeaturePolicy(nn.Module):
     def logprobs(self, prompts, responses, _shape=None):
         """As Policy.logprobs: logp (B, 1), mask (B, 1), value (B,)."""
         hidden = self.prompt_hidden(prompts)
-        logp = self._log_softmax(hidden).gather(1, torch.tensor(responses))
+        logp = self.log_softmax(hidden).gather(1, torch.tensor(responses))
         return logp, torch.ones_like(logp), self.value_head(hidden)
 
     # -- out
     @torch.no_grad()
     def generate(self, prompts, generator, *_):
         """An answer of one token, the action's number, for each prompt: no limit ever matters."""
-        chances = self._log_softmax(self.prompt_hidden(prompts)).exp()
+        chances = self.log_softmax(self.prompt_hidden(prompts)).exp()
         return torch.multinomial(chances, 1, generator=generator).tolist()
 
     def decode(self, response):

@@ -23,11 +23,12 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 import parallel
+from decode import PREFILL_TOKENS
 from env import make_game
 from families import Family, load_processor
 from parse import make_prompt
 from plumbing.errors import ModelError, as_model_error
-from policy import PREFILL_TOKENS, add_lora
+from policy import add_lora
 
 ANSWER_TOKENS = 100     # what an answer is taken to be long; the experts' are 34 to 63 of Mistral's
 MARGIN = 1.15           # so many times the plan should be free, for all that is not counted

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaNextForConditionalGeneration
 
 import parse
 import ppo
@@ -113,6 +114,17 @@ def mixed_prompts(agent):
     texts = [parse.make_prompt(game, info) for game, _, info in states]
     pictures = [picture for _, picture, _ in states]
     return agent.encode(pictures, texts), pictures, texts
+
+
+def mistral_model(config, layers=2, side=336):
+    """LLaVA-1.6-Mistral's configuration in miniature, its vocabulary whole, (side / 14)² image tokens."""
+    vars(config.text_config).update(hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+                                    num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.08)
+    vars(config.vision_config).update(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                      initializer_range=0.08, image_size=side)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlavaNextForConditionalGeneration(config)
 
 
 def pocket_settings(task, **changes):

@@ -142,7 +142,8 @@ def test_bench_measures_an_update(capsys, monkeypatch, tiny_families):
     bench.main(["--model", str(tiny_families["qwen3_vl"]), "--num-envs", "4", "--num-steps", "1", "--updates", "1",
                 "--micro-batch-size", "4"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["tokens_per_s"] > 0 and 0 < figures["mfu"] < 1
+    assert figures["decode_tokens_per_s"] > 0 < figures["play_tokens_per_s"] and 0 < figures["mfu"] < 1
+    assert 200 < figures["kernels_a_token"] < 600
     assert figures["whole_update_s"] == pytest.approx(figures["rollout_s"] + figures["update_s"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench.main(["--model", "llava-7b-random", "--memory-gb", "24"])

@@ -37,6 +37,7 @@ from tests.common import (
     edit,
     family_agent,
     largest_ratio_error,
+    mistral_model,
     mixed_prompts,
     run_metrics,
     samples_of,
@@ -51,17 +52,6 @@ def shapes():
     """lab/shapes.py, which knows LLaVA-1.6-7B's configuration and its tokenizer."""
     from lab import shapes
     return shapes
-
-
-def mistral_model(config, layers=2, side=336):
-    """LLaVA-1.6-Mistral's configuration in miniature, its vocabulary whole, (side / 14)² image tokens."""
-    vars(config.text_config).update(hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-                                    num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.08)
-    vars(config.vision_config).update(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                      initializer_range=0.08, image_size=side)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlavaNextForConditionalGeneration(config)
 
 
 @pytest.fixture(scope="session")
@@ -433,10 +423,10 @@ def test_a_familys_passes_agree(tiny_families, kind, tmp_path, monkeypatch):
     shake(agent, size=0.1)
     prompts, pictures, texts = mixed_prompts(agent)
     assert len({len(prompt.ids) for prompt in prompts}) == 3
-    steps, plain = [], agent._log_softmax
-    agent._log_softmax = lambda hidden: steps.append(plain(hidden)) or steps[-1]
+    steps, plain = [], agent.log_softmax
+    agent.log_softmax = lambda hidden: steps.append(plain(hidden)) or steps[-1]
     responses = agent.generate(prompts, torch.Generator().manual_seed(0), 8)
-    del agent._log_softmax
+    del agent.log_softmax
     logp, mask, value = agent.logprobs(prompts, responses)
     special = {token for token, added in agent.tokenizer.added_tokens_decoder.items() if added.special}
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -447,7 +437,7 @@ def test_a_familys_passes_agree(tiny_families, kind, tmp_path, monkeypatch):
         torch.testing.assert_close(one_value[0], value[row], atol=2e-5, rtol=1e-5)
         assert not (special - agent.end_tokens) & set(response)         # such are never sampled, and an end comes last
         assert not agent.end_tokens & set(response[:-1])
-    monkeypatch.setattr("policy.PREFILL_TOKENS", 1)                     # a prompt at a time, one cache
+    monkeypatch.setattr("decode.PREFILL_TOKENS", 1)                     # a prompt at a time, one cache
     assert agent.generate(prompts, torch.Generator().manual_seed(0), 8) == responses
     shape = playing.Shape(4, 8 + max(len(prompt.ids) for prompt in prompts), 8)
     together = agent.logprobs(prompts, responses, shape)[0]
@@ -479,10 +469,10 @@ def test_a_family_in_four_bits(tiny_families, kind):
     agent = Policy(*load_model(str(tiny_families[kind]), bits=4), rank=2)
     assert any(type(layer.base).__name__ == "Linear4bit" for layer in agent.lora.values())
     prompts, _, _ = mixed_prompts(agent)
-    steps, plain = [], agent._log_softmax
-    agent._log_softmax = lambda hidden: steps.append(plain(hidden)) or steps[-1]
+    steps, plain = [], agent.log_softmax
+    agent.log_softmax = lambda hidden: steps.append(plain(hidden)) or steps[-1]
     responses = agent.generate(prompts, torch.Generator().manual_seed(0), 6)
-    del agent._log_softmax
+    del agent.log_softmax
     logp, mask, _ = agent.logprobs(prompts, responses)
     for row, response in enumerate(responses):
         decoded = torch.stack([steps[t][row, token] for t, token in enumerate(response)])

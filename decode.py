@@ -1,0 +1,173 @@
+"""Writing answers a token at a time: prompts are read once, then each step adds a token to a cache.
+
+    cache = open_cache(policy, positions, slots)            # for B prompts
+    logp = cache.read(ids, mask, positions, features)       # (B, V) of each answer's first token
+    logp = cache.step(drawn)                                # (B, V) of the next; drawn: (B, 1)
+
+Two caches give the same distribution. The one that grows is transformers' own and serves every
+model. The fixed one is for a GPU: a step of a large model is some 1,700 small kernels, which a
+program launches more slowly than the GPU runs them, so one step is recorded (a CUDA graph) and
+played again as a whole. Such a step must find everything at the addresses of its recording, and
+must not wait for the CPU: keys and values lie in a fixed number of slots, and a mask tells which of
+them hold a token. Does not handle: drawing, and when to stop (policy.py).
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, StaticLayer
+
+# Prompts are read in groups of at most so many tokens, for memory; a step takes all rows at once.
+PREFILL_TOKENS = 8192
+# The fixed cache's slots are a multiple of this: prompts that differ by a few tokens share one.
+SLOTS = 64
+
+
+def slots_for(prompt_tokens, new_tokens):
+    """How many slots a fixed cache needs.
+
+    >>> slots_for(688, 256)
+    960
+    """
+    return -(-(prompt_tokens + new_tokens) // SLOTS) * SLOTS
+
+
+def open_cache(policy, positions, slots):
+    """The cache that a policy decodes with; a fixed one is used again while its size serves.
+
+    positions: the prompts', (B, P) or (3, B, P).
+    """
+    if policy.decoding == "growing":
+        return GrowingCache(policy)
+    if policy.cache is None or policy.cache.shape != (positions.shape[-2], slots):
+        policy.cache = None             # its memory first
+        policy.cache = FixedCache(policy, positions, slots)
+    return policy.cache
+
+
+def read_in_groups(policy, ids, mask, positions, features):
+    """Yield (rows, hidden states at the prompts' ends (rows, D), their cache), group by group."""
+    B, P = ids.shape
+    size = B if policy.family.facts.one_prefill else max(1, PREFILL_TOKENS // P)
+    for k in range(0, B, size):
+        rows = slice(k, k + size)
+        output = policy.body(
+            ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
+        yield rows, output.last_hidden_state[:, -1], output.past_key_values
+
+
+class GrowingCache:
+    """A token's keys and values are put behind the others': any family, any machine."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def read(self, ids, mask, positions, features):
+        self.mask, self.position = mask, positions[..., -1:]
+        groups = read_in_groups(self.policy, ids, mask, positions, features)
+        _, ends, caches = zip(*groups)
+        self.cache = caches[0]
+        if len(caches) > 1:
+            self._join(caches)
+        return self.policy.log_softmax(torch.cat(ends))
+
+    def _join(self, caches):
+        for first, *others in zip(*(cache.layers for cache in caches)):
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name) for layer in (first, *others)]
+                setattr(first, name, torch.cat(parts))
+                for layer in others:
+                    setattr(layer, name, None)      # free its memory, a layer at a time
+
+    def step(self, drawn):
+        self.mask, self.position = F.pad(self.mask, (0, 1), value=1), self.position + 1
+        output = self.policy.body(drawn, self.mask, self.position, cache=self.cache, use_cache=True)
+        return self.policy.log_softmax(output.last_hidden_state[:, -1])
+
+
+class FixedLayer(StaticLayer):
+    """A layer's keys and values, (B, heads, slots, head size) each; all layers share one `slot`."""
+
+    def __init__(self, slots, slot):
+        super().__init__(slots)
+        self.slot = slot            # (1,) where the newest token lies
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.slot, key_states)
+        self.values.index_copy_(2, self.slot, value_states)
+        return self.keys, self.values
+
+
+class FixedCache:
+    """Keys and values of B rows in a fixed number of slots; the step is captured where it can be.
+
+    All that a step reads and writes is made here, once, and written over from then on.
+    """
+
+    def __init__(self, policy, positions, slots):
+        self.policy, self.shape = policy, (positions.shape[-2], slots)
+        rows, device, dtype = self.shape[0], policy.device, policy.model.dtype
+        text = policy.model.config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.cache = Cache([FixedLayer(slots, self.slot) for _ in range(text.num_hidden_layers)])
+        self.cache.early_initialization(rows, text.num_key_value_heads, size, dtype, device)
+        # what attention adds to its scores: 0 where a slot holds a token, else −∞
+        self.mask = torch.full((rows, 1, 1, slots), -torch.inf, dtype=dtype, device=device)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)      # the one just drawn
+        self.position = torch.zeros_like(positions[..., -1:])
+        self.graph = None
+        if policy.decoding == "captured":
+            try:
+                self.graph = self._capture()
+            except RuntimeError as error:       # what torch raises of a GPU
+                policy.decoding = "fixed"
+                message = f"this GPU records no decoding step, so decoding is slower: {error}"
+                warnings.warn(message, stacklevel=2)
+
+    def _capture(self):
+        # On a stream of its own some steps come first, for all that is made at a first call. They
+        # leave tokens in the slots; `read` comes after and writes over all of it.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+    def read(self, ids, mask, positions, features):
+        P, ends = ids.shape[1], []
+        for rows, hidden, cache in read_in_groups(self.policy, ids, mask, positions, features):
+            ends.append(hidden)
+            for own, layer in zip(self.cache.layers, cache.layers):
+                own.keys[rows, :, :P] = layer.keys
+                own.values[rows, :, :P] = layer.values
+                layer.keys = layer.values = None        # the next group has the memory
+        self.slot.fill_(P - 1)
+        self.mask.fill_(-torch.inf)
+        self.mask[:, 0, 0, :P].masked_fill_(mask > 0, 0)
+        self.position.copy_(positions[..., -1:])
+        return self.policy.log_softmax(torch.cat(ends))
+
+    def step(self, drawn):
+        self.token.copy_(drawn)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._step()
+        return self.logp                # (B, V), overwritten by the next step
+
+    def _step(self):
+        self.position += 1
+        self.slot += 1
+        self.mask.index_fill_(-1, self.slot, 0)
+        # subtle: a mask of four dimensions is taken as it is. Into one of two transformers would
+        # look, which waits for the GPU.
+        output = self.policy.body(
+            self.token, self.mask, self.position, cache=self.cache, use_cache=True)
+        self.logp = self.policy.log_softmax(output.last_hidden_state[:, -1])

@@ -1,0 +1,76 @@
+"""LoRA: small trainable matrices beside frozen linear layers (arXiv 2106.09685).
+
+    layers = add_lora(model, rank=128, alpha=256, target_modules=("language",), generator=generator)
+
+Differs from PEFT, which the tests hold it against: no dropout, and the correction is added by the
+product itself. Does not handle: files of adapters (plumbing/adapters.py).
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from families import part_of_path
+
+
+def recast(weight, dtype, place=None):
+    """weight in a type: itself where it has that, else a copy, in the place of the last one.
+
+    A decoding step that was recorded on a GPU reads it at that address (decode.FixedCache).
+    """
+    if place is None or weight.dtype == dtype:
+        return weight.detach().to(dtype)
+    return place.copy_(weight)
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (α/r) B A x  with W frozen; arXiv 2106.09685, equation 3.
+
+    W is an nn.Linear or bitsandbytes' Linear4bit: only the layer's output is corrected. A (r, in)
+    starts random, B (out, r) at zero, so the adapted layer starts as the layer it adapts. Both are
+    kept in fp32, whatever W is in, and used in x's type.
+    """
+
+    playing = None      # (A, B) as they are used, cast once for all tokens of an answer
+
+    def __init__(self, base, rank, alpha, generator):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank          # W stays where and what it is
+        bound = 1 / math.sqrt(base.in_features)
+        A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))    # the CPU's draw, on any device
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    # some modules read these themselves: SigLIP's pooling head to multiply, others for their type
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        A, B = (weight.to(x.dtype) for weight in self.playing or (self.lora_A, self.lora_B))
+        rows = x.reshape(-1, x.shape[-1])                               # (tokens, in)
+        # the correction is added by the product itself, into W x: nothing else is written
+        y = self.base(rows).addmm_(rows @ A.T, B.T, alpha=self.scale)   # (tokens, out)
+        return y.unflatten(0, x.shape[:-1])
+
+    @torch.no_grad()
+    def cast(self, dtype):
+        """Keep A and B in a type, at the same addresses from call to call (decode.FixedCache)."""
+        kept = self.playing or (None, None)
+        self.playing = [
+            recast(weight, dtype, place) for weight, place in zip((self.lora_A, self.lora_B), kept)]
+
+
+def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:
+    """Give every linear layer of target_modules (keys of PARTS, or layers' own paths) an adapter.
+
+    All else is frozen, the output head too: it is in no part. Returns {module path: LoRALinear}.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    layers = {}
+    for path, module in list(model.named_modules()):        # a list: the tree changes below
+        if {path, part_of_path(path)} & {*target_modules} and isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            layers[path] = LoRALinear(module, rank, alpha, generator)       # Linear4bit is one too
+            setattr(model.get_submodule(parent), name, layers[path])
+    return layers

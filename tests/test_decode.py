@@ -1,0 +1,162 @@
+"""decode.py: both caches draw the same tokens, a step can be recorded, and what is kept for playing is no older than it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import decode
+import families
+from env import GAMES
+from lab.bench import decoding
+from lab.shapes import byte_processor, llava_7b_config
+from parse import make_prompt
+from policy import Policy, load_model
+from tests import tiny as tiny_models
+from tests.common import family_agent, mistral_model, mixed_prompts, samples_of, shake, states_of
+
+FIXED = [kind for kind in tiny_models.KINDS if families.FAMILIES[kind].fixed_cache]
+# what makes a program wait for a GPU, or look at its numbers
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "unique", "masked_select", "bincount")
+
+
+def test_the_families_that_keep_the_growing_cache_are_named():
+    assert set(tiny_models.KINDS) - set(FIXED) == {"gemma3", "qwen3_5"}
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_both_caches_draw_the_same_tokens(tiny_families, kind, monkeypatch):
+    """Prompts of three lengths, read at once or one by one; a cache that is used again; adapters that have learned."""
+    agent = family_agent(tiny_families[kind])
+    prompts, _, _ = mixed_prompts(agent)
+    caches = set()
+    for shaken, group in ((1, 8192), (2, 1)):
+        shake(agent, seed=shaken, size=0.1)
+        monkeypatch.setattr(decode, "PREFILL_TOKENS", group)
+        answers = {}
+        for agent.decoding in ("growing", "fixed"):
+            steps, plain = [], agent.log_softmax
+            agent.log_softmax = lambda hidden, plain=plain, steps=steps: steps.append(plain(hidden)) or steps[-1]
+            answers[agent.decoding] = agent.generate(prompts, torch.Generator().manual_seed(0), 20)
+            del agent.log_softmax
+        assert answers["growing"] == answers["fixed"]
+        caches.add(id(agent.cache))
+    assert len(caches) == 1 and agent.cache.shape == (3, decode.slots_for(max(len(p.ids) for p in prompts), 20))
+    logp, _, _ = agent.logprobs(prompts, answers["fixed"])
+    for row, response in enumerate(answers["fixed"]):
+        decoded = torch.stack([steps[t][row, token] for t, token in enumerate(response)])
+        torch.testing.assert_close(logp[row, :len(response)], decoded, atol=2e-6, rtol=1e-5)
+    assert agent.cache is None and agent.head is None                   # learning has the memory
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        self.names.append(str(function))
+        return function(*arguments, **(more or {}))
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_a_step_waits_for_nothing_and_stays_where_it_is(tiny_families, kind, monkeypatch):
+    """So it can be recorded: no number of it is looked at, and its tensors keep their addresses."""
+    agent = family_agent(tiny_families[kind])
+    prompts, _, _ = mixed_prompts(agent)
+    agent.decoding = "fixed"
+    agent.generate(prompts, torch.Generator().manual_seed(0), 2)
+    cache = agent.cache
+
+    def addresses():
+        tensors = [cache.token, cache.slot, cache.mask, cache.position]
+        tensors += [tensor for layer in cache.cache.layers for tensor in (layer.keys, layer.values)]
+        return [tensor.data_ptr() for tensor in tensors], [tensor.shape for tensor in tensors]
+
+    before, slot = addresses(), cache.slot.item()
+    for name in ("tolist", "numpy", "cpu", "item", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the step looks at a number"))
+    with torch.no_grad(), Operations() as found:
+        cache.step(torch.ones(3, 1, dtype=torch.long))
+    monkeypatch.undo()
+    assert not [name for name in found.names if any(wait in name for wait in WAITS)]
+    assert addresses() == before and cache.slot.item() == slot + 1
+
+
+def test_a_growing_cache_is_found_to_wait(agent):
+    """The test above can fail: transformers looks into a mask of two dimensions."""
+    prompts, _ = samples_of(agent, 1, ("blackjack",), tokens=2)
+    with Operations() as found:
+        agent.generate(prompts, torch.Generator().manual_seed(0), 2)
+    assert [name for name in found.names if any(wait in name for wait in WAITS)]
+
+
+def test_a_decoding_step_at_true_depth_has_1800_kernels_at_most():
+    """32 layers with all their adapters; widths, which change no count, are tiny."""
+    model = mistral_model(llava_7b_config(byte_processor()), layers=32, side=56).to(torch.bfloat16)
+    agent = Policy(model, byte_processor(), rank=4)
+    prompts, _, _ = mixed_prompts(agent)
+    _, growing = decoding(agent, prompts, "growing", tokens=4)
+    _, fixed = decoding(agent, prompts, "fixed", tokens=4)
+    assert fixed <= 1800 < growing <= 1900
+
+
+def test_a_gpu_that_records_nothing_goes_on_and_says_so_once(agent, monkeypatch):
+    prompts, _ = samples_of(agent, 1, ("blackjack", "points24"), tokens=2)
+    expected = agent.generate(prompts, torch.Generator().manual_seed(0), 12)
+
+    def fails(cache):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode.FixedCache, "_capture", fails)
+    agent.decoding = "captured"
+    with pytest.warns(UserWarning, match="records no decoding step.*not permitted"):
+        assert agent.generate(prompts, torch.Generator().manual_seed(0), 12) == expected
+    agent.logprobs(prompts, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert agent.generate(prompts, torch.Generator().manual_seed(0), 12) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_a_recorded_step_draws_the_same_tokens(shipped):
+    """On a GPU, in the pocket model's own type; a second call plays the same recording."""
+    agent = Policy(copy.deepcopy(shipped[0]).cuda(), shipped[1], rank=8, seed=3)
+    with torch.no_grad():
+        for layer in agent.lora.values():
+            layer.lora_B.fill_(0.02)
+    states = [state for task in GAMES for state in states_of(task, 2)]
+    prompts = agent.encode([picture for _, picture, _ in states], [make_prompt(game, info) for game, _, info in states])
+    found = {}
+    for agent.decoding in ("growing", "fixed", "captured", "captured"):
+        answers = agent.generate(prompts, torch.Generator("cuda").manual_seed(0), 40)
+        assert found.setdefault(0, answers) == answers, agent.decoding
+    assert agent.decoding == "captured" and agent.cache.graph
+
+
+def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
+    """In bf16, where adapters and head are copies: what learned since is played, as by a policy made anew."""
+    tiny_models.make("llava", tmp_path)
+    agents = [Policy(*load_model(str(tmp_path), bits=16), rank=2, temperature=0.7) for _ in range(2)]
+    prompts, _, _ = mixed_prompts(agents[0])
+    for agent in agents:
+        agent.decoding = "fixed"
+    before = agents[0].generate(prompts, torch.Generator().manual_seed(0), 20)
+    layer = next(iter(agents[0].lora.values()))
+    places = [tensor.data_ptr() for tensor in (*layer.playing, agents[0].head)]
+    assert layer.playing[0].dtype == torch.bfloat16 and agents[0].head.dtype == torch.float32
+    for agent in agents:
+        shake(agent, size=0.3)
+        with torch.no_grad():
+            agent.model.get_output_embeddings().weight.mul_(1.5)
+    after = [agent.generate(prompts, torch.Generator().manual_seed(0), 20) for agent in agents]
+    assert after[0] == after[1] != before
+    assert places == [tensor.data_ptr() for tensor in (*layer.playing, agents[0].head)]
+    names = {name for name, _ in agents[0].named_parameters()}
+    assert "head" not in names and not any("playing" in name for name in names)
+    agents[0].value(prompts)
+    assert layer.playing is None and agents[0].head is None
