@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, StaticLayer
 
-# Prompts are read in groups of at most so many tokens, for memory; a step takes all rows at once.
-PREFILL_TOKENS = 8192
+# Prompts are read in groups of at most so many tokens: a GPU is busy with them, and more take
+# memory and gain little. A step takes all rows at once.
+PASS_TOKENS = 4096
 # The fixed cache's slots are a multiple of this: prompts that differ by a few tokens share one.
 SLOTS = 64
 
@@ -49,7 +50,7 @@ def open_cache(policy, positions, slots):
 def read_in_groups(policy, ids, mask, positions, features):
     """Yield (rows, hidden states at the prompts' ends (rows, D), their cache), group by group."""
     B, P = ids.shape
-    size = B if policy.family.facts.one_prefill else max(1, PREFILL_TOKENS // P)
+    size = B if policy.family.facts.one_prefill else max(1, PASS_TOKENS // P)
     for k in range(0, B, size):
         rows = slice(k, k + size)
         output = policy.body(

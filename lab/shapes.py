@@ -25,7 +25,7 @@ from transformers import (
 from transformers.tokenization_utils_base import generate_merges
 
 from lab import pocket
-from plumbing.memory import first_that_fits, peak
+from plumbing.memory import choose_batches, first_that_fits, peak
 from plumbing.settings import Settings
 
 # LLaVA-1.6-Mistral's turns: what the user says stands in [INST] … [/INST], the picture first
@@ -139,7 +139,9 @@ TABLE = (
     (12, "Qwen/Qwen3-VL-4B-Instruct", QWEN_4B, 64, QWEN_PROMPT),
     (16, "Qwen/Qwen3-VL-4B-Instruct", QWEN_4B, 128, QWEN_PROMPT),
     (24, LLAVA, LLAVA_7B, 128, MISTRAL_PROMPT),
+    (24, "Qwen/Qwen3-VL-2B-Instruct", QWEN_2B, 128, QWEN_PROMPT),
     (40, LLAVA, LLAVA_7B, 128, MISTRAL_PROMPT),
+    (48, LLAVA, LLAVA_7B, 128, MISTRAL_PROMPT),
     (80, LLAVA, LLAVA_7B, 128, MISTRAL_PROMPT))
 
 
@@ -148,8 +150,9 @@ def plans():
     found = []
     for row in TABLE:
         gigabytes, _, config, rank, size = row
-        settings = Settings(task="blackjack", rank=rank)
-        found.append((row, *first_that_fits(config, settings, size, (gigabytes - 1) * 2**30)))
+        settings, room = Settings(task="blackjack", rank=rank), (gigabytes - 1) * 2**30
+        settings = choose_batches(config, settings, size, room)
+        found.append((row, *first_that_fits(config, settings, size, room)))
     return found
 
 
@@ -157,13 +160,14 @@ def table():
     """lab/README.md's table, in Markdown."""
     lines = [
         "| GPU | `python train.py --task blackjack --out runs/NAME` … | bits "
-        "| gradient checkpointing | plan |",
-        "| --- | --- | --- | --- | --- |"]
+        "| gradient checkpointing | answers a pass, at once | plan |",
+        "| --- | --- | --- | --- | --- | --- |"]
     for (gigabytes, name, _, rank, _), settings, plan in plans():
         flag = "" if rank == Settings.rank else f" --rank {rank}"
-        checkpointing = "yes" if settings.gradient_checkpointing else "no"
+        checkpointing = ("none", "every layer", "every second")[settings.gradient_checkpointing]
         lines.append(
             f"| {gigabytes} GB | `--model {name}{flag}` | {settings.bits} | {checkpointing} "
+            f"| {settings.micro_batch_size}, {settings.play_batch_size} "
             f"| {peak(plan) / 2**30:.1f} GiB |")
     return "\n".join(lines)
 

@@ -7,12 +7,13 @@ Errors are ModelErrors that say what to do. Does not handle: reading weights (po
 what fits into memory (memory.py), what the settings are (settings.py).
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from families import FAMILIES, PARTS, part_of_path
@@ -39,10 +40,12 @@ class FoundModel:
     device: str
     why: str                # what to tell the user of it
 
-    @property
+    @functools.cached_property
     def is_pocket(self):
-        """Whether it is of pocket size; a model of half a billion weights is not."""
-        return self.config.get_text_config().hidden_size < 512
+        """Whether it has fewer than 20 million weights: no model that knows a language has."""
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(self.config)
+        return sum(weight.numel() for weight in model.parameters()) < 20e6
 
     @property
     def is_taught(self):

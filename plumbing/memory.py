@@ -12,7 +12,9 @@ CUDA's own context (about half a GiB), fragments, small temporaries. On one H200
 and 1.6 GiB above torch's peak (lab/README.md).
 """
 
+import itertools
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +25,17 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 import parallel
-from decode import PREFILL_TOKENS
+from decode import PASS_TOKENS, slots_for
 from env import make_game
-from families import Family, load_processor
+from families import FAMILIES, Family, load_processor
+from lora import add_lora
 from parse import make_prompt
 from plumbing.errors import ModelError, as_model_error
-from policy import add_lora
 
 ANSWER_TOKENS = 100     # what an answer is taken to be long; the experts' are 34 to 63 of Mistral's
 MARGIN = 1.15           # so many times the plan should be free, for all that is not counted
+# the settings that are chosen by a GPU's memory
+CHOSEN = ("micro_batch_size", "play_batch_size", "bits", "gradient_checkpointing")
 COUNTED = {}            # what count has found, a second each: plans for several bits need the same
 
 
@@ -68,29 +72,51 @@ def check_weights(name, bits, device, stored_bits):
             f"{free / 2**30:.1f}: try --bits 4, or use --model pocket")
 
 
-def choose_bits(model, settings, keep_bits, keep_checkpointing):
-    """The settings with bits and gradient_checkpointing chosen by what is free on the GPU.
+def fit_to_gpu(model, settings, given):
+    """The settings with what hangs on a GPU's memory: sizes of batches, bits, checkpointing.
 
-    What was given is kept. model: loading.FoundModel.
+    given: names of those that stay. model: loading.FoundModel. Batches go by all the memory that
+    the GPU has, not by what is free: another size draws other tokens, and a run must not hang on
+    what else the GPU does. Bits and checkpointing go by what is free.
     """
-    if keep_bits and keep_checkpointing:        # the first stage, of which one process comes here
+    if {*CHOSEN} <= {*given}:                   # the first stage, of which one process comes here
         return settings
     # every process has a GPU of its own, and all must hold the same weights
-    free = parallel.concat(torch.tensor([free_bytes(model.device)])).min().item()
+    here = torch.tensor([torch.cuda.mem_get_info(model.device)])
+    free, total = parallel.concat(here).amin(0).tolist()
     size = _prompt_size_of(model, settings)
-    return first_that_fits(model.config, settings, size, free, keep_bits, keep_checkpointing)[0]
+    settings = choose_batches(model.config, settings, size, total, given)
+    return first_that_fits(model.config, settings, size, free, given)[0]
 
 
-def first_that_fits(config, settings, size, free, keep_bits=False, keep_checkpointing=False):
-    """(settings, plan): the first of 16 bits without checkpointing, 16 with, 4 with that fits.
+def choose_batches(config, settings, size, total, given=()):
+    """The settings with micro_batch_size and play_batch_size for a GPU of `total` bytes.
 
-    Where none fits it is the last.
+    As many answers a forward pass as make about PASS_TOKENS, and 64 written at once; half as many
+    until that fits, with whatever else saves memory.
     """
-    for bits, checkpointing in (("16", 0), ("16", 1), ("4", 1)):
-        if not keep_bits:
-            settings = replace(settings, bits=bits)
-        if not keep_checkpointing:
-            settings = replace(settings, gradient_checkpointing=checkpointing)
+    saving = {"bits": "4", "gradient_checkpointing": 1}
+    saving = replace(settings, **{name: saving[name] for name in {*saving} - {*given}})
+    filled = 2 ** round(math.log2(PASS_TOKENS / (size[0] + ANSWER_TOKENS)))
+    for name, number, phase in (
+            ("micro_batch_size", max(1, filled), "update:"), ("play_batch_size", 64, "play:")):
+        if name in given or not hasattr(settings, name):        # sft.py does not play
+            continue
+        while number > 1 and total < MARGIN * peak(
+                memory_plan(config, replace(saving, **{name: number}), size), (phase,)):
+            number //= 2
+        settings = replace(settings, **{name: number})
+    return settings
+
+
+def first_that_fits(config, settings, size, free, given=()):
+    """(settings, plan): 16 bits before 4, as little checkpointing as fits; else the least memory.
+
+    given: names of settings that stay.
+    """
+    for bits, checkpointing in itertools.product(("16", "4"), (0, 2, 1)):
+        tried = {"bits": bits, "gradient_checkpointing": checkpointing}
+        settings = replace(settings, **{name: tried[name] for name in {*tried} - {*given}})
         plan = memory_plan(config, settings, size)
         if MARGIN * peak(plan) <= free:
             break
@@ -148,7 +174,11 @@ def memory_plan(config, settings, size) -> dict[str, int]:
 
     head_size = _first(text, "head_dim") or hidden // text.num_attention_heads
     keys = _first(text, "num_key_value_heads", "num_attention_heads") * head_size
-    prefill = min(playing, max(1, PREFILL_TOKENS // prompt_tokens))
+    prefill = min(playing, max(1, PASS_TOKENS // prompt_tokens))
+    kept_tokens = playing * length
+    if playing and FAMILIES[config.model_type].fixed_cache:
+        kept_tokens = playing * slots_for(prompt_tokens, settings.max_new_tokens)
+        kept_tokens += prefill * prompt_tokens      # a group's own, before it is copied
     return {
         "weights": sum(map(nf4_bytes, linear)) if bits == 4 else sum(linear) * bits // 8,
         "weights that are never quantised": others * max(bits, 16) // 8,
@@ -160,19 +190,19 @@ def memory_plan(config, settings, size) -> dict[str, int]:
         "update: head in fp32 and 4 × the answers' logits":
             4 * text.vocab_size * (hidden + 4 * batch * ANSWER_TOKENS),
         "step: Adam's temporary": learning,
-        "play: keys and values": 2 * 2 * playing * length * layers * keys,
+        "play: keys and values": 2 * 2 * kept_tokens * layers * keys,
+        "play: adapters in 16 bits": 2 * adapters,
         "play: head in fp32": 4 * text.vocab_size * hidden,
         "play: a layer's prefill (4 MLP-wide tensors)":
             4 * 2 * prefill * prompt_tokens * text.intermediate_size,
     }
 
 
-def peak(plan) -> int:
+def peak(plan, phases=("update:", "step:", "play:")) -> int:
     """A plan's highest sum: what stays, and the largest of update, step and play."""
     stays = sum(size for use, size in plan.items() if ":" not in use)
     return stays + max(
-        sum(size for use, size in plan.items() if use.startswith(phase))
-        for phase in ("update:", "step:", "play:"))
+        sum(size for use, size in plan.items() if use.startswith(phase)) for phase in phases)
 
 
 # ---- counting ----------------------------------------------------------------------------------

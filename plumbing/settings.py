@@ -17,7 +17,7 @@ from env import TASKS
 from families import PARTS
 from plumbing.errors import ModelError, as_model_error, say
 from plumbing.loading import find_model
-from plumbing.memory import choose_bits, memory_note
+from plumbing.memory import CHOSEN, fit_to_gpu, memory_note
 
 # of ALFWorld alone: the options of its constructor
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")
@@ -52,7 +52,7 @@ class ModelSettings:
     target_modules: tuple = setting(tuple(PARTS), "the parts that have LoRA adapters and learn")
     gradient_checkpointing: int = setting(
         1, "less memory for more time: of every layer (1), of every second (2), of none (0); a GPU "
-        "with room takes 0", pocket=0)
+        "with room takes 0 or 2", pocket=0)
     cot: bool = setting(True, "chain of thought; --no-cot: the action alone, an ablation")
     seed: int = setting(1, "fixes the whole run")
     houses: str = setting(
@@ -113,7 +113,8 @@ class Settings(ModelSettings):
         8, "steps of each game per update", paper=512, why="games × steps are a rollout")
     max_new_tokens: int = setting(256, "longest answer", paper=256)
     play_batch_size: int = setting(
-        32, "answers generated at once, for memory (another draws other tokens)", pocket=64)
+        32, "answers generated at once (another number draws other tokens); a GPU with room takes "
+        "64", pocket=64)
     # learning
     cot_lambda: float = setting(0.5, "λ, weight of the thoughts' log-probability", paper=0.5)
     gamma: float = setting(0.9, "discount", paper=0.9)
@@ -130,7 +131,8 @@ class Settings(ModelSettings):
     update_epochs: int = setting(4, "passes over a rollout", paper=4)
     minibatch_size: int = setting(128, "answers per optimiser step", paper=128)
     micro_batch_size: int = setting(
-        4, "answers per forward pass, for memory (sums round otherwise)", pocket=64)
+        4, "answers per forward pass (sums round otherwise); a GPU takes 4096 tokens', or what it "
+        "has room for", pocket=64)
     target_kl: float = setting(
         0.0, "the policy's update ends at a minibatch's approx_kl above this; 0: never", pocket=0.1,
         paper=0.0, why="at its learning rate some updates overshoot")
@@ -201,9 +203,9 @@ def resolve(cls, given: dict, model=None):
     """Return cls with every setting filled: the one place where defaults are made.
 
     Of several values the last wins: a large model's default, the pocket model's, the game's own
-    (its class), what the model's files ask for, what was given. What then is still open depends on
-    the GPU's memory: bits and gradient checkpointing. model: loading.FoundModel, None where no
-    model plays. ModelError where the settings make no sense.
+    (its class), what the model's files ask for, what was given. What hangs on a GPU's memory comes
+    last (memory.fit_to_gpu). model: loading.FoundModel, None where no model plays. ModelError where
+    the settings make no sense.
     """
     entries = cls.__dataclass_fields__
     given = {name: value for name, value in given.items() if value != "auto"}
@@ -232,7 +234,8 @@ def resolve(cls, given: dict, model=None):
         raise ModelError(problem)
     if small:
         return settings
-    return choose_bits(model, settings, values["bits"] != "auto", "gradient_checkpointing" in given)
+    fixed = {name for name in CHOSEN if name in given or name == "bits" and values[name] != "auto"}
+    return fit_to_gpu(model, settings, fixed)
 
 
 def _of_the_model(model, given):

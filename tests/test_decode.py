@@ -34,7 +34,7 @@ def test_both_caches_draw_the_same_tokens(tiny_families, kind, monkeypatch):
     caches = set()
     for shaken, group in ((1, 8192), (2, 1)):
         shake(agent, seed=shaken, size=0.1)
-        monkeypatch.setattr(decode, "PREFILL_TOKENS", group)
+        monkeypatch.setattr(decode, "PASS_TOKENS", group)
         answers = {}
         for agent.decoding in ("growing", "fixed"):
             steps, plain = [], agent.log_softmax

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaNextForConditionalGeneration, MistralConfig
+from transformers import LlavaNextForConditionalGeneration, SmolVLMConfig
 
 import eval as evaluation
 import families
@@ -295,11 +295,11 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
     config.dtype = torch.bfloat16
     index = tmp_path / "index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 15_000_000_000}}))
-    free, capability = [0], (8, 6)
+    free, total, capability = [0], [0], (8, 6)
     for name, replacement in {"is_available": lambda: True, "current_device": lambda: 0,
-                              "get_device_properties": lambda _: SimpleNamespace(total_memory=free[0]),
+                              "get_device_properties": lambda _: SimpleNamespace(total_memory=total[0]),
                               "get_device_capability": lambda *_: capability,
-                              "mem_get_info": lambda _: (free[0], free[0])}.items():
+                              "mem_get_info": lambda _: (int(free[0]), int(total[0]))}.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
 
     def no_kernels(*_, **__):
@@ -321,12 +321,15 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
         settings = resolve(Settings, {"task": "blackjack"} | given, found)
         return found, settings, memory.memory_note(found, settings)
 
-    for free[0], expected in ((24e9, ("4", 1)), (40e9, ("16", 1)), (80e9, ("16", 0)), (16e9, ("32", 0))):
+    for free[0], expected in ((25e9, ("4", 1, 64)), (41e9, ("16", 1, 64)), (51e9, ("16", 2, 64)), (80e9, ("16", 0, 64)),
+                              (16e9, ("32", 0, 64))):
+        total[0] = free[0]
         found, settings, note = chosen("auto")
-        assert (settings.bits, settings.gradient_checkpointing) == expected
+        assert (settings.bits, settings.gradient_checkpointing, settings.play_batch_size) == expected
+        assert settings.micro_batch_size == (64 if free[0] < 20e9 else 4)
         assert found.name == settings.model == ("pocket" if free[0] < 20e9 else loading.LLAVA_7B)
         assert bool(re.search(r"14.0 GiB of weights, .* training takes [\d.]+ GiB", note)) == (free[0] > 20e9)
-    free[0] = 16e9
+    free[0] = total[0] = 16e9
     _, settings, note = chosen(loading.LLAVA_7B)
     assert settings.bits == "4" and "are free" in note and "emulates" not in note       # asked for, so it is tried
     capability = (7, 5)                                                 # a T4
@@ -334,11 +337,19 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
     assert resolve(Settings, {"task": "blackjack"}, find_model("pocket")).device == "cuda"
     with monkeypatch.context() as alone:                                # nothing to choose: no process waits for others
         alone.setattr(memory.parallel, "concat", None)
-        given = {"task": "points24", "bits": "16", "gradient_checkpointing": 2}
+        given = {"task": "points24", "bits": "16", "gradient_checkpointing": 2, "micro_batch_size": 2,
+                 "play_batch_size": 8}
         settings = resolve(Settings, given, find_model(loading.LLAVA_7B))
-    assert (settings.bits, settings.gradient_checkpointing) == ("16", 2)
-    sizes = {size: replace(found, config=MistralConfig(hidden_size=size)).is_pocket for size in (128, 896, 4096)}
-    assert sizes == {128: True, 896: False, 4096: False}                # half a billion weights are taught the format
+    assert {name: getattr(settings, name) for name in given} == given
+    for free[0] in (79e9, 30e9):                                        # a neighbour on the GPU decides no batch
+        total[0] = 80e9
+        settings = chosen(loading.LLAVA_7B)[1]
+        assert (settings.bits, settings.micro_batch_size, settings.play_batch_size) == \
+            ("16" if free[0] > 50e9 else "4", 4, 64)
+    given = {"bits": "16", "micro_batch_size": 2}
+    total[0] = 25e9                                                     # in 16 bits there is room for fewer
+    settings = chosen(loading.LLAVA_7B, **given)[1]
+    assert settings.micro_batch_size == 2 and settings.play_batch_size < 64
     free[0] = 10e9
     with pytest.raises(ModelError, match="14.0 GiB in 16 bits and this GPU has free 9.3"):
         open_model(find_model(loading.LLAVA_7B), 16)
@@ -348,6 +359,28 @@ def test_bits_and_checkpointing_follow_the_gpus_free_memory(tmp_path, monkeypatc
 
     monkeypatch.setattr(memory, "cached_file", offline)
     assert memory.stored_bytes(loading.LLAVA_7B) == 0
+
+
+def test_what_a_model_is_and_not_a_layers_width_decides_its_defaults(shapes):
+    """Few weights in wide layers are a pocket model; half a billion in narrow ones are taught the answer's format."""
+    processor = shapes.byte_processor()
+    wide = mistral_model(shapes.llava_7b_config(processor), layers=1).config
+    wide.text_config.hidden_size, wide.text_config.vocab_size = 1024, 260
+    smolvlm = SmolVLMConfig(
+        text_config={"model_type": "llama", "vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536,
+                     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+        vision_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                       "num_attention_heads": 12, "image_size": 512, "patch_size": 16}, scale_factor=4)
+    narrow = copy.deepcopy(smolvlm)
+    narrow.text_config.hidden_size = 504
+    found = find_model("pocket")
+    kinds = [replace(found, config=config).is_pocket for config in (found.config, wide, smolvlm, narrow)]
+    assert kinds == [True, True, False, False]
+    settings = Settings(task="blackjack", rank=32)
+    for config, size in ((smolvlm, (200, 1024)), (shapes.QWEN_2B, shapes.QWEN_PROMPT)):
+        settings = memory.choose_batches(config, settings, size, 24e9)
+        assert (settings.micro_batch_size, settings.play_batch_size) == (16, 64)
+        assert memory.MARGIN * memory.peak(memory.first_that_fits(config, settings, size, 24e9)[1]) < 24e9
 
 
 def test_the_memory_plan_is_what_autograd_keeps(shipped):
@@ -437,7 +470,7 @@ def test_a_familys_passes_agree(tiny_families, kind, tmp_path, monkeypatch):
         torch.testing.assert_close(one_value[0], value[row], atol=2e-5, rtol=1e-5)
         assert not (special - agent.end_tokens) & set(response)         # such are never sampled, and an end comes last
         assert not agent.end_tokens & set(response[:-1])
-    monkeypatch.setattr("decode.PREFILL_TOKENS", 1)                     # a prompt at a time, one cache
+    monkeypatch.setattr("decode.PASS_TOKENS", 1)                     # a prompt at a time, one cache
     assert agent.generate(prompts, torch.Generator().manual_seed(0), 8) == responses
     shape = playing.Shape(4, 8 + max(len(prompt.ids) for prompt in prompts), 8)
     together = agent.logprobs(prompts, responses, shape)[0]
