@@ -148,6 +148,7 @@ class Policy(nn.Module):
 
         # how the model runs
         self.mode = self.cache = self.head = None       # _set_mode's, decode.open_cache's, _cast's
+        self.compiled = False
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:                      # memory for time
             model.activation_checkpointing_enable(
@@ -188,10 +189,22 @@ class Policy(nn.Module):
             self.cache = self.head = None
             for layer in self.lora.values():
                 layer.playing = None
+        if self.compiled:       # prompts and single tokens would be compiled for themselves
+            torch.compiler.set_stance("force_eager" if playing else "default")
         self.model.train(train)
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":   # by name: to import it takes seconds
                 module.train()      # subtle: its eval mode's CPU kernel passes no gradient on
+
+    def compile_layers(self):
+        """Fuse what lies between a layer's matrix products, in scoring and learning.
+
+        RuntimeError where this machine has no compiler.
+        """
+        torch.compile(torch.neg)(torch.ones(2, device=self.device))     # now, not after a rollout
+        self.compiled, self.mode = True, None
+        for layer in self.model.get_decoder().layers:
+            layer.compile(dynamic=True)         # one program for all layers and shapes
 
     @property
     def device(self):
@@ -265,8 +278,11 @@ class Policy(nn.Module):
         prompts = [*prompts, *prompts[:1] * (rows - B)]
         responses = [*responses, *responses[:1] * (rows - B)]
         texts = [prompt.ids + response for prompt, response in zip(prompts, responses)]
-        self._set_mode()
-        hidden, ends = self._read(prompts, texts, length)               # (rows, length, D), (rows,)
+        # subtle: with gradients and without it is compiled to two programs, which may round
+        # differently: what is learned from is scored by the one that learns
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.compiled):
+            self._set_mode()
+            hidden, ends = self._read(prompts, texts, length)           # (rows, length, D), (rows,)
         hidden, ends = hidden[:B], ends[:B, None]
         tokens, mask = (one.to(self.device) for one in _padded(responses[:B], T))   # (B, T)
         each = torch.arange(B, device=self.device)[:, None]             # (B, 1)

@@ -34,7 +34,7 @@ from plumbing.checkpoint import (
     save,
     write_whole,
 )
-from plumbing.errors import ModelError, in_words, say
+from plumbing.errors import ModelError, as_model_error, in_words, say
 from plumbing.loading import find_model, load_policy
 from plumbing.report import Report, draw_curve
 from plumbing.settings import ModelSettings, Settings, read_settings, resolve
@@ -51,6 +51,9 @@ class Run:
 
     def __init__(self, settings, policy, files):
         self.settings, self.policy, self.files = settings, policy, files
+        if settings.compile:
+            with as_model_error("--compile", RuntimeError):
+                policy.compile_layers()
         self.update = 0             # updates behind us
         self.checkpoint = None      # the folder that holds it as of the last save or load
 

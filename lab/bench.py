@@ -42,7 +42,7 @@ from train import Run, make_policy
 GIB = 2**30
 RANDOM_7B = "llava-7b-random"
 FLAGS = ("num_envs", "num_steps", "update_epochs", "bits", "gradient_checkpointing",
-         "micro_batch_size", "play_batch_size")
+         "micro_batch_size", "play_batch_size", "compile")
 
 
 # ---- the machine (Linux: memory and processor are read from /proc) ---------------------------

@@ -48,6 +48,7 @@ class FeatureSettings(Settings):
     temperature: float = fixed(1.0)
     imitation: int = fixed(0)
     gradient_checkpointing: int = fixed(0)
+    compile: bool = fixed(False)
     max_new_tokens: int = fixed(1)
     sft_steps: int = fixed(0)
 

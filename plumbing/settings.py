@@ -133,6 +133,7 @@ class Settings(ModelSettings):
     micro_batch_size: int = setting(
         4, "answers per forward pass (sums round otherwise); a GPU takes 4096 tokens', or what it "
         "has room for", pocket=64)
+    compile: bool = setting(False, "torch.compile a layer, which rounds otherwise: faster on a GPU")
     target_kl: float = setting(
         0.0, "the policy's update ends at a minibatch's approx_kl above this; 0: never", pocket=0.1,
         paper=0.0, why="at its learning rate some updates overshoot")

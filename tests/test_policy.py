@@ -1,6 +1,7 @@
 """The policy beside its main claims: value head, frozen towers, checkpointing, a model that has diverged."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import ppo
 import sft
 from env import GAMES
 from policy import Policy, ValueHead
-from tests.common import samples_of, shake, states_of
+from tests.common import family_agent, mixed_prompts, samples_of, shake, states_of
 
 
 def test_a_frozen_vision_tower_looks_once_at_a_picture(shipped):
@@ -120,3 +121,35 @@ def test_pixels_are_the_processors_base_view(agent):
     pictures = [picture for _, picture, _ in states_of("blackjack", 3)]
     theirs = agent.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"][:, 0]
     torch.testing.assert_close(families.base_view(pictures, agent.processor, 120), theirs, atol=2e-6, rtol=0)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a compiler")
+def test_compiled_layers_score_as_they_learn(tiny_families):
+    """One program for all layers and shapes; ratios of exactly 1, gradients to tolerance, and playing left as it was."""
+    plain, compiled = (family_agent(tiny_families["llava"]) for _ in range(2))
+    for agent in (plain, compiled):
+        shake(agent, size=0.1)
+    prompts, _, _ = mixed_prompts(plain)
+    before = [compiled.generate(prompts, torch.Generator().manual_seed(0), 12), plain.logprobs(prompts, [[5, 6]] * 3)[0]]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_layers()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1          # the trial
+    assert compiled.generate(prompts, torch.Generator().manual_seed(0), 12) == before[0]
+    for responses in ([[5, 6]] * 3, [[7] * 9, [8] * 2, [9]]):
+        with torch.no_grad():
+            old, _, _ = compiled.logprobs(prompts, responses)
+            assert not old.requires_grad
+        new, _, value = compiled.logprobs(prompts, responses)
+        expected, _, expected_value = plain.logprobs(prompts, responses)
+        assert torch.equal(old, new)
+        torch.testing.assert_close(new, expected, atol=1e-5, rtol=1e-5)
+        (new.sum() + value.sum()).backward()
+        (expected.sum() + expected_value.sum()).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2          # and the layers'
+    for (name, a), (_, b) in zip(compiled.trainable(), plain.trainable()):
+        assert (a.grad is None) == (b.grad is None)
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
+    assert compiled.generate(prompts, torch.Generator().manual_seed(0), 12) == before[0]
+    torch.compiler.set_stance("default")
