@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -32,6 +33,7 @@ class Facts:
 
     square: bool = False        # LLaVA's: squeezed to the vision tower's size, without tiles
     options: dict = field(default_factory=dict)     # else what the processor is told
+    blocks: bool = False        # whether the tower attends within blocks of one long row of patches
     one_prefill: bool = False   # linear attention: no two prefills' caches can be put together
     # whether decode.FixedCache serves: not sliding or linear attention, nor experts whose tokens
     # are counted on the CPU
@@ -42,13 +44,13 @@ FAMILIES = {
     "llava": Facts(square=True),
     "llava_next": Facts(square=True),
     "llava_onevision": Facts(square=True),
-    "qwen2_vl": Facts(),
-    "qwen2_5_vl": Facts(),
-    "qwen3_vl": Facts(),
+    "qwen2_vl": Facts(blocks=True),
+    "qwen2_5_vl": Facts(blocks=True),
+    "qwen3_vl": Facts(blocks=True),
     # its experts are no linear layers: no adapters, no 4 bits
-    "qwen3_vl_moe": Facts(),
-    "qwen3_5": Facts(one_prefill=True, fixed_cache=False),
-    "glm4v": Facts(),
+    "qwen3_vl_moe": Facts(blocks=True),
+    "qwen3_5": Facts(blocks=True, one_prefill=True, fixed_cache=False),
+    "glm4v": Facts(blocks=True),
     "smolvlm": Facts(options={"do_image_splitting": False}),
     "idefics3": Facts(options={"do_image_splitting": False}),
     "gemma3": Facts(options={"do_pan_and_scan": False}, fixed_cache=False),
@@ -115,6 +117,36 @@ def save_processor(processor, folder):
     (Path(folder) / "chat_template.jinja").write_text(processor.chat_template)
 
 
+# ---- attention within blocks -------------------------------------------------------------------
+def attend_in_blocks(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q,
+                     scaling, **_):
+    """Attention within blocks (pictures, or windows of them) of a row of patches, in one call.
+
+    query, key, value: (1, heads, S, size); block k is cu_seq_lens_q[k] to [k + 1]. Returns (1, S,
+    heads, size), None. transformers' own way is a call for each block: 8,000 where Qwen2.5-VL reads
+    32 pictures.
+    """
+    ends, longest, S = cu_seq_lens_q[1:], int(max_length_q), query.shape[2]
+    patches = torch.arange(S, device=query.device)
+    block = torch.searchsorted(ends, patches, right=True)
+    places = block * longest + patches - cu_seq_lens_q[block]       # with all blocks as long
+    wide = len(ends) * longest
+
+    def side_by_side(states):       # (S, heads, …) → (blocks, heads, longest, …)
+        padded = states.new_zeros(wide, *states.shape[1:]).index_copy(0, places, states)
+        return padded.unflatten(0, (len(ends), longest)).transpose(1, 2)
+
+    states = [side_by_side(one[0].transpose(0, 1)) for one in (query, key, value)]
+    real = side_by_side(torch.ones(S, 1, dtype=torch.bool, device=query.device))[:, :, None]
+    seen = F.scaled_dot_product_attention(
+        *states, attn_mask=None if wide == S else real, scale=scaling)
+    return seen.transpose(1, 2).flatten(0, 1)[places][None], None
+
+
+# "flash": the towers give this kind alone their blocks, and not a block at a time
+AttentionInterface.register("blocks_flash", attend_in_blocks)
+
+
 # ---- LLaVA's one view --------------------------------------------------------------------------
 def base_view(pictures, processor, side):
     """(B, 3, side, side) fp32: the whole picture at the vision tower's size, normalised.
@@ -148,6 +180,8 @@ class Family:
     def __init__(self, model, processor):
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.facts = FAMILIES[model.config.model_type]
+        if self.facts.blocks:
+            model.config.vision_config._attn_implementation = "blocks_flash"
         self.image_token = model.config.image_token_id
         self.forward_arguments = set(inspect.signature(model.model.forward).parameters)
         self.as_list = True         # whether the forward pass takes features as a list

@@ -559,6 +559,33 @@ def test_pictures_of_other_sizes_keep_their_own_tokens(tiny_families):
         torch.testing.assert_close(features, frozen.image_features([one])[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, facts in families.FAMILIES.items() if facts.blocks])
+def test_a_tower_attends_within_its_blocks_in_one_call_a_layer(tiny_families, kind, monkeypatch):
+    """As transformers does with a call for each block: pictures of three sizes; gradients too."""
+    agent = family_agent(tiny_families[kind])
+    generator, calls, attention = np.random.default_rng(0), [], torch.nn.functional.scaled_dot_product_attention
+    pictures = [generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
+                for height, width in ((100, 100), (60, 300), (300, 300))]
+    prompts = agent.encode(pictures, ["Hello"] * 3)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *args, **more: (calls.append(1), attention(*args, **more))[1])
+    shake(agent)
+    found = {}
+    for way in ("blocks_flash", "sdpa"):
+        assert found or agent.model.config.vision_config._attn_implementation == way
+        agent.model.config.vision_config._attn_implementation = way
+        calls.clear()
+        features = torch.cat(agent.image_features(prompts))
+        agent.zero_grad()
+        features.square().sum().backward()
+        gradients = [layer.lora_A.grad for path, layer in agent.lora.items() if layer.lora_A.grad is not None]
+        found[way] = len(calls), features, gradients
+    assert found["blocks_flash"][0] == 2 < 6 <= found["sdpa"][0]                # two layers, three pictures or more
+    torch.testing.assert_close(found["blocks_flash"][1], found["sdpa"][1], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found["blocks_flash"][2], found["sdpa"][2], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_the_end_is_a_set(tiny_families):
     agent = family_agent(tiny_families["gemma3"])
     assert {agent.tokenizer.convert_tokens_to_ids(word) for word in ("<end>", "<turn>")} == agent.end_tokens
