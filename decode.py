@@ -1,6 +1,6 @@
 """Writing answers a token at a time: prompts are read once, then each step adds a token to a cache.
 
-    cache = open_cache(policy, positions, slots)            # for B prompts
+    cache = open_cache(policy, positions, max_new_tokens)   # for B prompts
     logp = cache.read(ids, mask, positions, features)       # (B, V) of each answer's first token
     logp = cache.step(drawn)                                # (B, V) of the next; drawn: (B, 1)
 
@@ -12,78 +12,51 @@ must not wait for the CPU: keys and values lie in a fixed number of slots, and a
 them hold a token. Does not handle: drawing, and when to stop (policy.py).
 """
 
+import math
 import warnings
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, StaticLayer
 
-# Prompts are read in groups of at most so many tokens: a GPU is busy with them, and more take
-# memory and gain little. A step takes all rows at once.
+# A forward pass of so many tokens keeps a GPU busy: prompts are read in groups of as many. A step
+# takes all rows at once.
 PASS_TOKENS = 4096
-# The fixed cache's slots are a multiple of this: prompts that differ by a few tokens share one.
+# A fixed cache's slots are a multiple of this: prompts that differ by a few tokens share one.
 SLOTS = 64
 
 
-def slots_for(prompt_tokens, new_tokens):
-    """How many slots a fixed cache needs.
-
-    >>> slots_for(688, 256)
-    960
-    """
-    return -(-(prompt_tokens + new_tokens) // SLOTS) * SLOTS
-
-
-def open_cache(policy, positions, slots):
+def open_cache(policy, positions, max_new_tokens):
     """The cache that a policy decodes with; a fixed one is used again while its size serves.
 
     positions: the prompts', (B, P) or (3, B, P).
     """
     if policy.decoding == "growing":
         return GrowingCache(policy)
+    slots = math.ceil((positions.shape[-1] + max_new_tokens) / SLOTS) * SLOTS
     if policy.cache is None or policy.cache.shape != (positions.shape[-2], slots):
         policy.cache = None             # its memory first
         policy.cache = FixedCache(policy, positions, slots)
     return policy.cache
 
 
-def read_in_groups(policy, ids, mask, positions, features):
-    """Yield (rows, hidden states at the prompts' ends (rows, D), their cache), group by group."""
-    B, P = ids.shape
-    size = B if policy.family.facts.one_prefill else max(1, PASS_TOKENS // P)
-    for k in range(0, B, size):
-        rows = slice(k, k + size)
-        output = policy.body(
-            ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
-        yield rows, output.last_hidden_state[:, -1], output.past_key_values
-
-
 class GrowingCache:
     """A token's keys and values are put behind the others': any family, any machine."""
 
     def __init__(self, policy):
-        self.policy = policy
+        self.policy, self.cache = policy, None
 
     def read(self, ids, mask, positions, features):
         self.mask, self.position = mask, positions[..., -1:]
-        groups = read_in_groups(self.policy, ids, mask, positions, features)
-        _, ends, caches = zip(*groups)
-        self.cache = caches[0]
-        if len(caches) > 1:
-            self._join(caches)
-        return self.policy.log_softmax(torch.cat(ends))
-
-    def _join(self, caches):
-        for first, *others in zip(*(cache.layers for cache in caches)):
-            for name in ("keys", "values"):
-                parts = [getattr(layer, name) for layer in (first, *others)]
-                setattr(first, name, torch.cat(parts))
-                for layer in others:
-                    setattr(layer, name, None)      # free its memory, a layer at a time
+        return self._forward(ids, positions, features)
 
     def step(self, drawn):
         self.mask, self.position = F.pad(self.mask, (0, 1), value=1), self.position + 1
-        output = self.policy.body(drawn, self.mask, self.position, cache=self.cache, use_cache=True)
+        return self._forward(drawn, self.position)
+
+    def _forward(self, ids, positions, features=None):
+        output = self.policy.body(ids, self.mask, positions, features, self.cache, use_cache=True)
+        self.cache = output.past_key_values
         return self.policy.log_softmax(output.last_hidden_state[:, -1])
 
 
@@ -142,12 +115,14 @@ class FixedCache:
         return graph
 
     def read(self, ids, mask, positions, features):
-        P, ends = ids.shape[1], []
-        for rows, hidden, cache in read_in_groups(self.policy, ids, mask, positions, features):
-            ends.append(hidden)
-            for own, layer in zip(self.cache.layers, cache.layers):
-                own.keys[rows, :, :P] = layer.keys
-                own.values[rows, :, :P] = layer.values
+        (B, P), ends = ids.shape, []
+        size = max(1, PASS_TOKENS // P)
+        for rows in (slice(k, k + size) for k in range(0, B, size)):
+            output = self.policy.body(
+                ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
+            ends.append(output.last_hidden_state[:, -1])
+            for own, layer in zip(self.cache.layers, output.past_key_values.layers):
+                own.keys[rows, :, :P], own.values[rows, :, :P] = layer.keys, layer.values
                 layer.keys = layer.values = None        # the next group has the memory
         self.slot.fill_(P - 1)
         self.mask.fill_(-torch.inf)

@@ -34,7 +34,6 @@ class Facts:
     square: bool = False        # LLaVA's: squeezed to the vision tower's size, without tiles
     options: dict = field(default_factory=dict)     # else what the processor is told
     blocks: bool = False        # whether the tower attends within blocks of one long row of patches
-    one_prefill: bool = False   # linear attention: no two prefills' caches can be put together
     # whether decode.FixedCache serves: not sliding or linear attention, nor experts whose tokens
     # are counted on the CPU
     fixed_cache: bool = True
@@ -49,7 +48,7 @@ FAMILIES = {
     "qwen3_vl": Facts(blocks=True),
     # its experts are no linear layers: no adapters, no 4 bits
     "qwen3_vl_moe": Facts(blocks=True),
-    "qwen3_5": Facts(blocks=True, one_prefill=True, fixed_cache=False),
+    "qwen3_5": Facts(blocks=True, fixed_cache=False),
     "glm4v": Facts(blocks=True),
     "smolvlm": Facts(options={"do_image_splitting": False}),
     "idefics3": Facts(options={"do_image_splitting": False}),
@@ -120,27 +119,20 @@ def save_processor(processor, folder):
 # ---- attention within blocks -------------------------------------------------------------------
 def attend_in_blocks(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q,
                      scaling, **_):
-    """Attention within blocks (pictures, or windows of them) of a row of patches, in one call.
+    """Attention within blocks (pictures, or windows of them) of one row of S patches, in one call.
 
     query, key, value: (1, heads, S, size); block k is cu_seq_lens_q[k] to [k + 1]. Returns (1, S,
-    heads, size), None. transformers' own way is a call for each block: 8,000 where Qwen2.5-VL reads
-    32 pictures.
+    heads, size), None. transformers' own way is a call for each block: 8,192 where Qwen2.5-VL reads
+    32 pictures. subtle: a mask over the whole row would be one call too, but a picture would be
+    rounded by its place in the row, and ratios would not be 1.
     """
-    ends, longest, S = cu_seq_lens_q[1:], int(max_length_q), query.shape[2]
-    patches = torch.arange(S, device=query.device)
-    block = torch.searchsorted(ends, patches, right=True)
-    places = block * longest + patches - cu_seq_lens_q[block]       # with all blocks as long
-    wide = len(ends) * longest
-
-    def side_by_side(states):       # (S, heads, …) → (blocks, heads, longest, …)
-        padded = states.new_zeros(wide, *states.shape[1:]).index_copy(0, places, states)
-        return padded.unflatten(0, (len(ends), longest)).transpose(1, 2)
-
-    states = [side_by_side(one[0].transpose(0, 1)) for one in (query, key, value)]
-    real = side_by_side(torch.ones(S, 1, dtype=torch.bool, device=query.device))[:, :, None]
-    seen = F.scaled_dot_product_attention(
-        *states, attn_mask=None if wide == S else real, scale=scaling)
-    return seen.transpose(1, 2).flatten(0, 1)[places][None], None
+    places = cu_seq_lens_q[:-1, None] + torch.arange(int(max_length_q), device=query.device)
+    real = places < cu_seq_lens_q[1:, None]                             # (blocks, longest)
+    S = query.shape[2]
+    blocks = [one[0][:, places.clamp(max=S - 1)] for one in (query, key, value)]
+    seen = F.scaled_dot_product_attention(      # (heads, blocks, longest, size)
+        *blocks, attn_mask=None if real.numel() == S else real[:, None], scale=scaling)
+    return seen[:, real].transpose(0, 1)[None], None
 
 
 # "flash": the towers give this kind alone their blocks, and not a block at a time

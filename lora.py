@@ -55,9 +55,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def cast(self, dtype):
         """Keep A and B in a type, at the same addresses from call to call (decode.FixedCache)."""
-        kept = self.playing or (None, None)
-        self.playing = [
-            recast(weight, dtype, place) for weight, place in zip((self.lora_A, self.lora_B), kept)]
+        places = self.playing or (None, None)
+        self.playing = [*map(recast, (self.lora_A, self.lora_B), (dtype, dtype), places)]
 
 
 def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from decode import open_cache, slots_for
+from decode import open_cache
 from families import PARTS, Family, load_processor, part_of_path
 from lora import add_lora, recast
 
@@ -273,7 +273,7 @@ class Policy(nn.Module):
         answered).
         """
         B = len(prompts)
-        rows, length, T = shape or (B, None, max(map(len, responses)))
+        rows, length, T = shape or (B, None, max(map(len, responses)) or 1)
         # missing rows are copies of the first, dropped below
         prompts = [*prompts, *prompts[:1] * (rows - B)]
         responses = [*responses, *responses[:1] * (rows - B)]
@@ -282,33 +282,31 @@ class Policy(nn.Module):
         # differently: what is learned from is scored by the one that learns
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.compiled):
             self._set_mode()
-            hidden, ends = self._read(prompts, texts, length)           # (rows, length, D), (rows,)
-        hidden, ends = hidden[:B], ends[:B, None]
+            hidden = self._read(prompts, texts, T, length)[:B]              # (B, T, D)
         tokens, mask = (one.to(self.device) for one in _padded(responses[:B], T))   # (B, T)
-        each = torch.arange(B, device=self.device)[:, None]             # (B, 1)
-        value = self.value_head(hidden[each, ends][:, 0])               # (B,)
-        # the hidden state at a place predicts the token of the next; what lies beyond is masked
-        places = ends + torch.arange(T, device=self.device)             # (B, T)
-        logp = self.log_softmax(hidden[each, places.clamp(max=hidden.shape[1] - 1)])   # (B, T, V)
-        logp = logp.gather(-1, tokens[..., None]).squeeze(-1)           # (B, T)
+        value = self.value_head(hidden[:, 0])                               # (B,)
+        # the hidden state at a place predicts the token of the next
+        logp = self.log_softmax(hidden).gather(-1, tokens[..., None]).squeeze(-1)   # (B, T)
         return torch.where(mask > 0, logp, 0.0), mask.float(), value
 
-    def _read(self, prompts, texts, length=None):
-        """Hidden states of texts (B, length, D), and the prompts' last places (B,).
+    def _read(self, prompts, texts, T=1, length=None):
+        """Hidden states at T places (B, T, D), the first of them each prompt's last token.
 
         subtle: padded on the right and without a mask. No token sees what comes after it, so
         padding is seen by none that counts, and attention has its fastest kernels.
         """
         ids, _, positions = self._side_by_side(prompts, texts, length)
         hidden = self.body(ids, None, positions, self.image_features(prompts)).last_hidden_state
-        return hidden, torch.tensor([len(p.ids) - 1 for p in prompts], device=self.device)
+        ends = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])[:, None]
+        # beyond a text's end it does not matter what is read: it is masked
+        places = (ends + torch.arange(T)).clamp(max=ids.shape[1] - 1).to(self.device)   # (B, T)
+        return hidden.take_along_dim(places[..., None], 1)
 
     @torch.no_grad()
     def prompt_hidden(self, prompts):
         """What the value head reads: hidden states (B, D) at the prompts' last tokens."""
         self._set_mode()
-        hidden, ends = self._read(prompts, [prompt.ids for prompt in prompts])
-        return hidden[torch.arange(len(prompts), device=self.device), ends]
+        return self._read(prompts, [prompt.ids for prompt in prompts])[:, 0]
 
     @torch.no_grad()
     def value(self, prompts):
@@ -330,7 +328,7 @@ class Policy(nn.Module):
         self._cast()
         texts = [prompt.ids for prompt in prompts]
         ids, mask, positions = self._side_by_side(prompts, texts, left=True)    # (B, P)
-        cache = open_cache(self, positions, slots_for(ids.shape[1], max_new_tokens))
+        cache = open_cache(self, positions, max_new_tokens)
         logp = cache.read(ids, mask, positions, self.image_features(prompts))   # (B, V)
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))           # rows; all go on until none is left

@@ -9,14 +9,14 @@ Prints a table; the last line is one JSON object with every figure (also to --ou
 do not depend on the weights' values, so `llava-7b-random` needs no download (shapes.py). Some
 figures' meanings: mfu is the share of a plain matrix product's rate that learning reaches;
 decode_tokens_per_s is of the steps that follow a prompt alone, play_tokens_per_s of all that comes
-before learning; plain_… is decoding with a cache that grows; update_of_512_s is what a run's
-default update would take at these rates. Does not handle: whether anything is learned (eval.py).
+before learning; plain_… is decoding without a recorded step, which shows its kernels. Does not
+handle: whether anything is learned (eval.py).
 """
 
 import argparse
+import functools
 import json
 import math
-import os
 import resource
 import time
 from dataclasses import replace
@@ -48,16 +48,12 @@ FLAGS = ("num_envs", "num_steps", "update_epochs", "bits", "gradient_checkpointi
 # ---- the machine (Linux: memory and processor are read from /proc) ---------------------------
 def timed(device, function, *arguments):
     """(What a call returns, its seconds), the device's queue emptied before and after."""
-    _wait(device)
+    wait = torch.get_device_module(device).synchronize
+    wait()
     begun = time.perf_counter()
     result = function(*arguments)
-    _wait(device)
+    wait()
     return result, time.perf_counter() - begun
-
-
-def _wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device, dtype):
@@ -69,21 +65,10 @@ def matmul_rate(device, dtype):
 
 
 def peak_memory(device):
-    """GiB at the highest: of the GPU (reserved by torch, and in use), else of the process."""
+    """GiB at the highest: of what torch holds of the GPU, else of the process."""
     if device.type == "cuda":
-        return {
-            "peak_memory_gib": torch.cuda.max_memory_reserved(device) / GIB,
-            "peak_memory_in_use_gib": torch.cuda.max_memory_allocated(device) / GIB}
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # Linux counts in KiB
-    return {"peak_memory_gib": highest * 1024 / GIB}
-
-
-def memory_now(device):
-    """GiB at present."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / GIB
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / GIB
+        return torch.cuda.max_memory_reserved(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
 
 def machine(device):
@@ -132,33 +117,22 @@ class Kernels(TorchDispatchMode):
 
 
 # ---- measuring ---------------------------------------------------------------------------------
-def decoding(policy, prompts, kind, tokens=ANSWER_TOKENS):
-    """(tokens a second, kernels a token) of decoding alone, with a cache of decode.py.
+def decoding(policy, prompts, tokens=ANSWER_TOKENS):
+    """(tokens a second, kernels a token) of decoding alone.
 
-    Each is a difference between answers of two lengths: it is free of the prompts' reading.
+    Differences between answers of two lengths: without the reading of the prompts.
     """
-    own = policy.decoding, policy.end_tokens
-    policy.end_tokens = set()               # every row goes on to its last token
-    generator = torch.Generator(policy.device).manual_seed(0)
-
-    def write(length):
-        return policy.generate(prompts, generator, length)
-
-    def count(length):
-        with Kernels() as counted:
-            write(length)
-        return counted.number
-
-    policy.decoding, seconds = kind, []
+    own, policy.end_tokens = policy.end_tokens, set()       # every row goes on to its last token
+    generator, found = torch.Generator(policy.device).manual_seed(0), []
     for length in (tokens // 2, tokens):
-        write(length)                       # what is recorded, is recorded here
-        seconds.append(timed(policy.device, write, length)[1])
-    policy.decoding, policy.cache = "growing" if kind == "growing" else "fixed", None
-    write(2)
-    launched = count(3) - count(2)
-    policy.cache = None
-    policy.decoding, policy.end_tokens = own
-    return len(prompts) * (tokens - tokens // 2) / (seconds[1] - seconds[0]), launched
+        write = functools.partial(policy.generate, prompts, generator, length)
+        write()                             # what is recorded is recorded here
+        with Kernels() as counted:
+            write()
+        found.append((length * len(prompts), timed(policy.device, write)[1], counted.number))
+    policy.end_tokens = own
+    drawn, seconds, launched = (long - short for short, long in zip(*found))
+    return drawn / seconds, launched / drawn * len(prompts)
 
 
 def play(run):
@@ -186,37 +160,32 @@ def measure(run, updates):
     run.settings = settings
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    memory, ratio_errors, rows = [memory_now(device)], [], []
+    peaks, ratio_errors, rows = [], [], []
     for _ in range(updates):
         rollout, learned, playing, learning = one_update(run)
         prompt_tokens = sum(len(prompt.ids) for prompt in rollout.prompts)
         answer_tokens = sum(map(len, rollout.responses))
         rows.append((playing, learning, prompt_tokens, answer_tokens))
         ratio_errors.append(learned["ratio_error"])
-        memory.append(memory_now(device))
-    highest = peak_memory(device)
+        peaks.append(peak_memory(device))
 
     playing, learning, prompt_tokens, answer_tokens = (
         sum(column) / updates for column in zip(*rows))
-    some = rollout.prompts[:settings.play_batch_size]
-    decoded = dict(zip(("decode_tokens_per_s", "kernels_a_token"),
-                       decoding(policy, some, policy.decoding)))
-    if policy.decoding != "growing":
-        decoded |= zip(("plain_decode_tokens_per_s", "plain_kernels_a_token"),
-                       decoding(policy, some, "growing"))
+    some, decoded = rollout.prompts[:settings.play_batch_size], {}
+    for name in ("", "plain_"):
+        rate, launched = decoding(policy, some)
+        decoded |= {f"{name}decode_tokens_per_s": rate, f"{name}kernels_a_token": launched}
+        policy.decoding, policy.cache = policy.decoding.replace("captured", "fixed"), None
     samples, learned = settings.batch_size, settings.batch_size * settings.update_epochs
-    usual = Settings.num_envs * Settings.num_steps
     flops = flops_a_sample(policy, rollout.prompts[:8], rollout.responses[:8])
-    rate, reached = matmul_rate(device, policy.model.dtype), learned * flops / learning
+    rate = matmul_rate(device, policy.model.dtype)
     return {
         "env_steps_per_s": samples / playing, "play_tokens_per_s": answer_tokens / playing,
         **decoded, "samples_per_s": learned / learning, "ratio_error": max(ratio_errors),
         "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
-        "update_of_512_s":
-            usual * (playing / samples + Settings.update_epochs * learning / learned),
         "answer_tokens": answer_tokens / samples, "prompt_tokens": prompt_tokens / samples,
-        **highest, "memory_gib": memory, "matmul_tflops": rate / 1e12,
-        "update_tflops": reached / 1e12, "mfu": reached / rate}
+        "peak_memory_gib": peaks[-1], "peaks_gib": peaks, "matmul_tflops": rate / 1e12,
+        "mfu": learned * flops / learning / rate}
 
 
 def profile(run):
@@ -229,13 +198,12 @@ def profile(run):
 
 
 # ---- LLaVA-1.6-7B's shape ----------------------------------------------------------------------
-def plan_7b(settings, cap):
-    """memory_plan in GiB, its peak, and the cap."""
+def plan_7b(settings):
+    """memory_plan in GiB, and its peak."""
     processor = byte_processor()
     config = llava_7b_config(processor)
     plan = memory_plan(config, settings, prompt_size(config, processor, settings.task))
-    plan["peak"] = peak(plan)
-    return {use: size / GIB for use, size in plan.items()} | {"cap": cap}
+    return {use: size / GIB for use, size in (plan | {"peak": peak(plan)}).items()}
 
 
 def random_7b(settings, device):
@@ -305,7 +273,7 @@ def main(arguments=None):
         figures = {name: getattr(settings, name) for name in ("model", "task", *FLAGS)}
         figures |= machine(device)
         if not found:
-            figures["memory_plan_gib"] = plan_7b(settings, cap)
+            figures["memory_plan_gib"] = plan_7b(settings)
         if found or device.type == "cuda":
             policy, files = make_policy(settings) if found else random_7b(settings, device)
             run = Run(settings, policy, files)

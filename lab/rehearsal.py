@@ -175,7 +175,7 @@ def main(arguments=None):
     arguments = arguments or sys.argv[1:]
     if arguments[:1] == ["--stage"]:
         STAGES[arguments[1]](arguments[2:])
-        print(json.dumps(peak_memory(best_device())))
+        print(json.dumps({"peak_memory_gib": peak_memory(best_device())}))
         return
     options = make_parser().parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.tokenization_utils_base import generate_merges
 
 from lab import pocket
-from plumbing.memory import choose_batches, first_that_fits, peak
+from plumbing.memory import first_that_fits, peak
 from plumbing.settings import Settings
 
 # LLaVA-1.6-Mistral's turns: what the user says stands in [INST] … [/INST], the picture first
@@ -147,13 +147,10 @@ TABLE = (
 
 def plans():
     """[(row of TABLE, settings, plan)]: what train.py chooses where all but 1 GiB is free."""
-    found = []
-    for row in TABLE:
-        gigabytes, _, config, rank, size = row
-        settings, room = Settings(task="blackjack", rank=rank), (gigabytes - 1) * 2**30
-        settings = choose_batches(config, settings, size, room)
-        found.append((row, *first_that_fits(config, settings, size, room)))
-    return found
+    return [
+        (row, *first_that_fits(
+            row[2], Settings(task="blackjack", rank=row[3]), row[4], (row[0] - 1) * 2**30))
+        for row in TABLE]
 
 
 def table():

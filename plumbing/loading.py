@@ -7,13 +7,12 @@ Errors are ModelErrors that say what to do. Does not handle: reading weights (po
 what fits into memory (memory.py), what the settings are (settings.py).
 """
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from families import FAMILIES, PARTS, part_of_path
@@ -40,12 +39,10 @@ class FoundModel:
     device: str
     why: str                # what to tell the user of it
 
-    @functools.cached_property
+    @property
     def is_pocket(self):
-        """Whether it has fewer than 20 million weights: no model that knows a language has."""
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(self.config)
-        return sum(weight.numel() for weight in model.parameters()) < 20e6
+        """Whether it knows a game's phrases and no language, which takes more tokens."""
+        return self.config.get_text_config().vocab_size < 2000
 
     @property
     def is_taught(self):

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 import parallel
-from decode import PASS_TOKENS, slots_for
+from decode import PASS_TOKENS
 from env import make_game
 from families import FAMILIES, Family, load_processor
 from lora import add_lora
@@ -73,52 +73,34 @@ def check_weights(name, bits, device, stored_bits):
 
 
 def fit_to_gpu(model, settings, given):
-    """The settings with what hangs on a GPU's memory: sizes of batches, bits, checkpointing.
+    """The settings with what hangs on a GPU's memory (CHOSEN), but for those given.
 
-    given: names of those that stay. model: loading.FoundModel. Batches go by all the memory that
-    the GPU has, not by what is free: another size draws other tokens, and a run must not hang on
-    what else the GPU does. Bits and checkpointing go by what is free.
+    model: loading.FoundModel. It goes by all the memory that the GPU has, not by what is free: a
+    run must not hang on what else the GPU does, for another size of batches draws other tokens.
     """
-    if {*CHOSEN} <= {*given}:                   # the first stage, of which one process comes here
+    free = {name for name in CHOSEN if name in vars(settings)} - {*given}   # sft.py does not play
+    if not free:                    # the first stage, of which one process alone comes here
         return settings
     # every process has a GPU of its own, and all must hold the same weights
-    here = torch.tensor([torch.cuda.mem_get_info(model.device)])
-    free, total = parallel.concat(here).amin(0).tolist()
-    size = _prompt_size_of(model, settings)
-    settings = choose_batches(model.config, settings, size, total, given)
-    return first_that_fits(model.config, settings, size, free, given)[0]
+    total = torch.tensor([torch.cuda.get_device_properties(model.device).total_memory])
+    total, size = parallel.concat(total).min().item(), _prompt_size_of(model, settings)
+    return first_that_fits(model.config, settings, size, total, free)[0]
 
 
-def choose_batches(config, settings, size, total, given=()):
-    """The settings with micro_batch_size and play_batch_size for a GPU of `total` bytes.
+def first_that_fits(config, settings, size, total, free=CHOSEN):
+    """(settings, plan): the first choice that fits a GPU of `total` bytes, else the smallest.
 
-    As many answers a forward pass as make about PASS_TOKENS, and 64 written at once; half as many
-    until that fits, with whatever else saves memory.
+    free: the names of the settings that are chosen. Large batches come before small ones: as many
+    answers a forward pass as make about PASS_TOKENS, and 64 written at once. Then come 16 bits
+    before 4, then as little checkpointing as can be.
     """
-    saving = {"bits": "4", "gradient_checkpointing": 1}
-    saving = replace(settings, **{name: saving[name] for name in {*saving} - {*given}})
     filled = 2 ** round(math.log2(PASS_TOKENS / (size[0] + ANSWER_TOKENS)))
-    for name, number, phase in (
-            ("micro_batch_size", max(1, filled), "update:"), ("play_batch_size", 64, "play:")):
-        if name in given or not hasattr(settings, name):        # sft.py does not play
-            continue
-        while number > 1 and total < MARGIN * peak(
-                memory_plan(config, replace(saving, **{name: number}), size), (phase,)):
-            number //= 2
-        settings = replace(settings, **{name: number})
-    return settings
-
-
-def first_that_fits(config, settings, size, free, given=()):
-    """(settings, plan): 16 bits before 4, as little checkpointing as fits; else the least memory.
-
-    given: names of settings that stay.
-    """
-    for bits, checkpointing in itertools.product(("16", "4"), (0, 2, 1)):
-        tried = {"bits": bits, "gradient_checkpointing": checkpointing}
-        settings = replace(settings, **{name: tried[name] for name in {*tried} - {*given}})
+    for halved, bits, checkpointing in itertools.product(range(7), ("16", "4"), (0, 2, 1)):
+        tried = max(1, filled >> halved), 64 >> halved, bits, checkpointing
+        settings = replace(
+            settings, **{name: value for name, value in zip(CHOSEN, tried) if name in free})
         plan = memory_plan(config, settings, size)
-        if MARGIN * peak(plan) <= free:
+        if MARGIN * peak(plan) <= total:
             break
     return settings, plan
 
@@ -174,10 +156,10 @@ def memory_plan(config, settings, size) -> dict[str, int]:
 
     head_size = _first(text, "head_dim") or hidden // text.num_attention_heads
     keys = _first(text, "num_key_value_heads", "num_attention_heads") * head_size
-    prefill = min(playing, max(1, PASS_TOKENS // prompt_tokens))
-    kept_tokens = playing * length
+    prefill, kept_tokens = playing, playing * length
     if playing and FAMILIES[config.model_type].fixed_cache:
-        kept_tokens = playing * slots_for(prompt_tokens, settings.max_new_tokens)
+        prefill = min(playing, max(1, PASS_TOKENS // prompt_tokens))
+        kept_tokens = playing * (prompt_tokens + settings.max_new_tokens)
         kept_tokens += prefill * prompt_tokens      # a group's own, before it is copied
     return {
         "weights": sum(map(nf4_bytes, linear)) if bits == 4 else sum(linear) * bits // 8,
@@ -198,11 +180,12 @@ def memory_plan(config, settings, size) -> dict[str, int]:
     }
 
 
-def peak(plan, phases=("update:", "step:", "play:")) -> int:
+def peak(plan) -> int:
     """A plan's highest sum: what stays, and the largest of update, step and play."""
     stays = sum(size for use, size in plan.items() if ":" not in use)
     return stays + max(
-        sum(size for use, size in plan.items() if use.startswith(phase)) for phase in phases)
+        sum(size for use, size in plan.items() if use.startswith(phase))
+        for phase in ("update:", "step:", "play:"))
 
 
 # ---- counting ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from env import TASKS
 from families import PARTS
 from plumbing.errors import ModelError, as_model_error, say
 from plumbing.loading import find_model
-from plumbing.memory import CHOSEN, fit_to_gpu, memory_note
+from plumbing.memory import fit_to_gpu, memory_note
 
 # of ALFWorld alone: the options of its constructor
 WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")
@@ -217,9 +217,8 @@ def resolve(cls, given: dict, model=None):
             if entry.metadata["pocket"] is not None}
     game = TASKS[given["task"]]
     values |= game.paper_settings | game.preferred_settings
-    if model:
-        values |= _of_the_model(model, given)
-    values |= given | ({"model": model.name} if model else {})
+    own = _of_the_model(model, given) if model else {}
+    values |= own | given | ({"model": model.name} if model else {})
     if values.get("full"):                      # sft.py
         if {"rank", "target_modules"} & set(given):
             raise ModelError("--full trains all weights and has no adapters: leave --rank and "
@@ -235,8 +234,7 @@ def resolve(cls, given: dict, model=None):
         raise ModelError(problem)
     if small:
         return settings
-    fixed = {name for name in CHOSEN if name in given or name == "bits" and values[name] != "auto"}
-    return fit_to_gpu(model, settings, fixed)
+    return fit_to_gpu(model, settings, {*own, *given})
 
 
 def _of_the_model(model, given):

@@ -148,4 +148,4 @@ def test_bench_measures_an_update(capsys, monkeypatch, tiny_families):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench.main(["--model", "llava-7b-random", "--memory-gb", "24"])
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert plan["memory_plan_gib"]["cap"] == 24 and "rollout_s" not in plan
+    assert 10 < plan["memory_plan_gib"]["peak"] < 22 and "rollout_s" not in plan
