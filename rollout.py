@@ -259,11 +259,9 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
         short = long
     # a process's part of a minibatch: more rows would be filling
     own = settings.minibatch_size // parallel.size()
-
-    def shape(rows, longest):
-        T = max(len(response) for response, length in zip(responses, lengths) if length <= longest)
-        return Shape(min(settings.micro_batch_size, rows), longest, T)
-
+    T = max(len(response) for response, length in zip(responses, lengths) if length <= short)
+    usual = Shape(min(settings.micro_batch_size, own), short, T)
     # a minibatch has some 5 % of long samples: a sixteenth of its rows
-    usual, wide = shape(own, short), shape(math.ceil(own / 16), long)
+    few = min(settings.micro_batch_size, math.ceil(own / 16))
+    wide = Shape(few, long, max(map(len, responses)))
     return [wide if length > short else usual for length in lengths]

@@ -2,7 +2,7 @@
 
     python -m lab.bench                         # the pocket model on Blackjack
     python -m lab.bench --profile               # where the time goes
-    python -m lab.bench --updates 200 --num-steps 2             # whether memory stays flat
+    python -m lab.bench --updates 200 --num-steps 2     # its peak is 2 updates' if none is lost
     python -m lab.bench --model llava-7b-random --memory-gb 24  # 7B's shape; without a GPU its plan
 
 Prints a table; the last line is one JSON object with every figure (also to --out). Speed and memory
@@ -118,21 +118,22 @@ class Kernels(TorchDispatchMode):
 
 # ---- measuring ---------------------------------------------------------------------------------
 def decoding(policy, prompts, tokens=ANSWER_TOKENS):
-    """(tokens a second, kernels a token) of decoding alone.
+    """(tokens a second, kernels a token) of decoding alone, without the reading of the prompts.
 
-    Differences between answers of two lengths: without the reading of the prompts.
+    It is the difference between long answers and answers of one token.
     """
-    own, policy.end_tokens = policy.end_tokens, set()       # every row goes on to its last token
-    generator, found = torch.Generator(policy.device).manual_seed(0), []
-    for length in (tokens // 2, tokens):
-        write = functools.partial(policy.generate, prompts, generator, length)
-        write()                             # what is recorded is recorded here
+    own, found = policy.end_tokens, []
+    write = functools.partial(
+        policy.generate, prompts, torch.Generator(policy.device).manual_seed(0), tokens)
+    write()                                 # what is recorded is recorded here
+    for ends in ({*range(len(policy.suppress_tokens))}, set()):
+        policy.end_tokens = ends
         with Kernels() as counted:
             write()
-        found.append((length * len(prompts), timed(policy.device, write)[1], counted.number))
+        found.append((timed(policy.device, write)[1], counted.number))
     policy.end_tokens = own
-    drawn, seconds, launched = (long - short for short, long in zip(*found))
-    return drawn / seconds, launched / drawn * len(prompts)
+    seconds, launched = (long - short for short, long in zip(*found))
+    return len(prompts) * (tokens - 1) / seconds, launched / (tokens - 1)
 
 
 def play(run):
@@ -160,22 +161,22 @@ def measure(run, updates):
     run.settings = settings
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    peaks, ratio_errors, rows = [], [], []
+    ratio_errors, rows = [], []
     for _ in range(updates):
         rollout, learned, playing, learning = one_update(run)
         prompt_tokens = sum(len(prompt.ids) for prompt in rollout.prompts)
         answer_tokens = sum(map(len, rollout.responses))
         rows.append((playing, learning, prompt_tokens, answer_tokens))
         ratio_errors.append(learned["ratio_error"])
-        peaks.append(peak_memory(device))
+    highest = peak_memory(device)
 
     playing, learning, prompt_tokens, answer_tokens = (
         sum(column) / updates for column in zip(*rows))
-    some, decoded = rollout.prompts[:settings.play_batch_size], {}
-    for name in ("", "plain_"):
+    some, decoded, own = rollout.prompts[:settings.play_batch_size], {}, policy.decoding
+    for name, kind in (("plain_", own.replace("captured", "fixed")), ("", own)):
+        policy.decoding, policy.cache = kind, None
         rate, launched = decoding(policy, some)
         decoded |= {f"{name}decode_tokens_per_s": rate, f"{name}kernels_a_token": launched}
-        policy.decoding, policy.cache = policy.decoding.replace("captured", "fixed"), None
     samples, learned = settings.batch_size, settings.batch_size * settings.update_epochs
     flops = flops_a_sample(policy, rollout.prompts[:8], rollout.responses[:8])
     rate = matmul_rate(device, policy.model.dtype)
@@ -184,7 +185,7 @@ def measure(run, updates):
         **decoded, "samples_per_s": learned / learning, "ratio_error": max(ratio_errors),
         "rollout_s": playing, "update_s": learning, "whole_update_s": playing + learning,
         "answer_tokens": answer_tokens / samples, "prompt_tokens": prompt_tokens / samples,
-        "peak_memory_gib": peaks[-1], "peaks_gib": peaks, "matmul_tflops": rate / 1e12,
+        "peak_memory_gib": highest, "matmul_tflops": rate / 1e12,
         "mfu": learned * flops / learning / rate}
 
 

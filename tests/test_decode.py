@@ -1,7 +1,9 @@
 """decode.py: both caches draw the same tokens, a step can be recorded, and what is kept for playing is no older than it."""
 
+import contextlib
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +163,40 @@ def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
     assert "head" not in names and not any("playing" in name for name in names)
     agents[0].value(prompts)
     assert layer.playing is None and agents[0].head is None
+
+
+class Recording:
+    """Stands in for a CUDA graph on a CPU: what is recorded is the step, and playing it is to do it again."""
+
+    def __init__(self):
+        self.played = 0
+
+    def replay(self):
+        self.played += 1
+        self.step()
+
+
+def test_the_steps_before_a_recording_leave_no_trace(agent, monkeypatch):
+    """With stand-ins for CUDA's streams and graphs: the same tokens, one recording for many calls, another for other
+    sizes, none kept when scoring has the memory."""
+    prompts, _ = samples_of(agent, 2, tokens=2)
+    shake(agent)
+    made = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Recording()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    steps = []
+    plain = decode.FixedCache._step
+    monkeypatch.setattr(decode.FixedCache, "_step", lambda cache: (
+        steps.append(1), [setattr(graph, "step", lambda: plain(cache)) for graph in made[-1:]], plain(cache)))
+    expected = [agent.generate(prompts[k:], torch.Generator().manual_seed(k), 20) for k in (0, 0, 3)]
+    agent.decoding = "captured"
+    first, second = (agent.generate(prompts, torch.Generator().manual_seed(0), 20) for _ in range(2))
+    assert len(made) == 1 and made[0].played > 10 and len(steps) == 4       # three to warm up, one that is recorded
+    third = agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20)
+    assert len(made) == 2 and [first, second, third] == expected
+    agent.value(prompts[:1])
+    assert agent.cache is None
