@@ -83,10 +83,11 @@ class FixedCache:
         self.policy, self.shape = policy, (positions.shape[-2], slots)
         rows, device, dtype = self.shape[0], policy.device, policy.model.dtype
         text = policy.model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.cache = Cache([FixedLayer(slots, self.slot) for _ in range(text.num_hidden_layers)])
-        self.cache.early_initialization(rows, text.num_key_value_heads, size, dtype, device)
+        self.cache.early_initialization(rows, heads, size, dtype, device)
         # what attention adds to its scores: 0 where a slot holds a token, else −∞
         self.mask = torch.full((rows, 1, 1, slots), -torch.inf, dtype=dtype, device=device)
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)      # the one just drawn
@@ -136,9 +137,10 @@ class FixedCache:
             self.graph.replay()
         else:
             self._step()
-        return self.logp                # (B, V), overwritten by the next step
+        return self.policy.log_softmax(self.hidden)
 
     def _step(self):
+        """The part of a step that is recorded: to the token's last hidden state (B, D)."""
         self.position += 1
         self.slot += 1
         self.mask.index_fill_(-1, self.slot, 0)
@@ -146,4 +148,4 @@ class FixedCache:
         # look, which waits for the GPU.
         output = self.policy.body(
             self.token, self.mask, self.position, cache=self.cache, use_cache=True)
-        self.logp = self.policy.log_softmax(output.last_hidden_state[:, -1])
+        self.hidden = output.last_hidden_state[:, -1]

@@ -14,16 +14,6 @@ from torch import nn
 from families import part_of_path
 
 
-def recast(weight, dtype, place=None):
-    """weight in a type: itself where it has that, else a copy, in the place of the last one.
-
-    A decoding step that was recorded on a GPU reads it at that address (decode.FixedCache).
-    """
-    if place is None or weight.dtype == dtype:
-        return weight.detach().to(dtype)
-    return place.copy_(weight)
-
-
 class LoRALinear(nn.Module):
     """y = W x + (α/r) B A x  with W frozen; arXiv 2106.09685, equation 3.
 
@@ -54,9 +44,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def cast(self, dtype):
-        """Keep A and B in a type, at the same addresses from call to call (decode.FixedCache)."""
-        places = self.playing or (None, None)
-        self.playing = [*map(recast, (self.lora_A, self.lora_B), (dtype, dtype), places)]
+        """Have A and B in a type: themselves, or copies that stay in place (decode.FixedCache)."""
+        if self.playing is None or self.lora_A.dtype == dtype:
+            self.playing = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
+        else:
+            for copy, weight in zip(self.playing, (self.lora_A, self.lora_B)):
+                copy.copy_(weight)
 
 
 def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:

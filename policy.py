@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from decode import open_cache
 from families import PARTS, Family, load_processor, part_of_path
-from lora import add_lora, recast
+from lora import add_lora
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -356,8 +356,7 @@ class Policy(nn.Module):
         """For all tokens of a call once: adapters in the model's type, the head in fp32."""
         for layer in self.lora.values():
             layer.cast(self.model.dtype)
-        head = self.model.get_output_embeddings().weight
-        self.head = recast(head, torch.float32, self.head)
+        self.head = self.model.get_output_embeddings().weight.detach().float()
 
     def _draw(self, logp, generator, greedy):
         """A token for each row of log-probabilities (B, V): (B, 1); -1 where they are nan."""

@@ -150,7 +150,7 @@ def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
         agent.decoding = "fixed"
     before = agents[0].generate(prompts, torch.Generator().manual_seed(0), 20)
     layer = next(iter(agents[0].lora.values()))
-    places = [tensor.data_ptr() for tensor in (*layer.playing, agents[0].head)]
+    places = [tensor.data_ptr() for tensor in layer.playing]
     assert layer.playing[0].dtype == torch.bfloat16 and agents[0].head.dtype == torch.float32
     for agent in agents:
         shake(agent, size=0.3)
@@ -158,7 +158,7 @@ def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
             agent.model.get_output_embeddings().weight.mul_(1.5)
     after = [agent.generate(prompts, torch.Generator().manual_seed(0), 20) for agent in agents]
     assert after[0] == after[1] != before
-    assert places == [tensor.data_ptr() for tensor in (*layer.playing, agents[0].head)]
+    assert places == [tensor.data_ptr() for tensor in layer.playing]
     names = {name for name, _ in agents[0].named_parameters()}
     assert "head" not in names and not any("playing" in name for name in names)
     agents[0].value(prompts)
@@ -198,5 +198,9 @@ def test_the_steps_before_a_recording_leave_no_trace(agent, monkeypatch):
     assert len(made) == 1 and made[0].played > 10 and len(steps) == 4       # three to warm up, one that is recorded
     third = agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20)
     assert len(made) == 2 and [first, second, third] == expected
+    agent.temperature = 0.4                                                 # is no part of what is recorded
+    cooler = agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20)
+    agent.decoding = "growing"
+    assert len(made) == 2 and cooler == agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20) != third
     agent.value(prompts[:1])
     assert agent.cache is None
