@@ -1,7 +1,7 @@
 """Writing answers a token at a time: prompts are read once, then each step adds a token to a cache.
 
     cache = open_cache(policy, positions, max_new_tokens)   # for B prompts
-    logp = cache.read(ids, mask, positions, features)       # (B, V) of each answer's first token
+    logp = cache.read(prompts, ids, mask, positions)        # (B, V) of each answer's first token
     logp = cache.step(drawn)                                # (B, V) of the next; drawn: (B, 1)
 
 Two caches give the same distribution. The one that grows is transformers' own and serves every
@@ -19,15 +19,14 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, StaticLayer
 
-# A forward pass of so many tokens keeps a GPU busy: prompts are read in groups of as many. A step
-# takes all rows at once.
+# A forward pass of so many tokens keeps a GPU busy.
 PASS_TOKENS = 4096
-# A fixed cache's slots are a multiple of this: prompts that differ by a few tokens share one.
+# A fixed cache's slots are a multiple of this, so that it serves prompts that are a little longer.
 SLOTS = 64
 
 
 def open_cache(policy, positions, max_new_tokens):
-    """The cache that a policy decodes with; a fixed one is used again while its size serves.
+    """The cache that a policy decodes with; a fixed one is used again while rows and slots stay.
 
     positions: the prompts', (B, P) or (3, B, P).
     """
@@ -41,27 +40,33 @@ def open_cache(policy, positions, max_new_tokens):
 
 
 class GrowingCache:
-    """A token's keys and values are put behind the others': any family, any machine."""
+    """A token's keys and values are put behind the others': any family, any machine.
+
+    All prompts are read at once.
+    """
 
     def __init__(self, policy):
-        self.policy, self.cache = policy, None
+        self.policy, self.inner = policy, None      # inner: transformers' own cache
 
-    def read(self, ids, mask, positions, features):
+    def read(self, prompts, ids, mask, positions):
         self.mask, self.position = mask, positions[..., -1:]
-        return self._forward(ids, positions, features)
+        return self._forward(ids, positions, self.policy.image_features(prompts))
 
     def step(self, drawn):
         self.mask, self.position = F.pad(self.mask, (0, 1), value=1), self.position + 1
         return self._forward(drawn, self.position)
 
     def _forward(self, ids, positions, features=None):
-        output = self.policy.body(ids, self.mask, positions, features, self.cache, use_cache=True)
-        self.cache = output.past_key_values
+        output = self.policy.body(ids, self.mask, positions, features, self.inner, use_cache=True)
+        self.inner = output.past_key_values
         return self.policy.log_softmax(output.last_hidden_state[:, -1])
 
 
 class FixedLayer(StaticLayer):
-    """A layer's keys and values, (B, heads, slots, head size) each; all layers share one `slot`."""
+    """A layer's keys and values, (B, heads, slots, head size) each; all layers share one `slot`.
+
+    transformers' own count of the tokens stays 0: positions and mask are told to every pass.
+    """
 
     def __init__(self, slots, slot):
         super().__init__(slots)
@@ -76,7 +81,8 @@ class FixedLayer(StaticLayer):
 class FixedCache:
     """Keys and values of B rows in a fixed number of slots; the step is captured where it can be.
 
-    All that a step reads and writes is made here, once, and written over from then on.
+    All that a step reads and writes is made here, once, and written over from then on. Prompts are
+    read in groups of PASS_TOKENS.
     """
 
     def __init__(self, policy, positions, slots):
@@ -86,8 +92,8 @@ class FixedCache:
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.cache = Cache([FixedLayer(slots, self.slot) for _ in range(text.num_hidden_layers)])
-        self.cache.early_initialization(rows, heads, size, dtype, device)
+        self.inner = Cache([FixedLayer(slots, self.slot) for _ in range(text.num_hidden_layers)])
+        self.inner.early_initialization(rows, heads, size, dtype, device)
         # what attention adds to its scores: 0 where a slot holds a token, else −∞
         self.mask = torch.full((rows, 1, 1, slots), -torch.inf, dtype=dtype, device=device)
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)      # the one just drawn
@@ -96,33 +102,36 @@ class FixedCache:
         if policy.decoding == "captured":
             try:
                 self.graph = self._capture()
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:       # what torch raises of a GPU
                 policy.decoding = "fixed"
-                message = f"this GPU records no decoding step, so decoding is slower: {error}"
-                warnings.warn(message, stacklevel=2)
+                warnings.warn(
+                    f"this GPU records no decoding step, so decoding is slower: {error}",
+                    stacklevel=2)
 
     def _capture(self):
         # On a stream of its own some steps come first, for all that is made at a first call. They
         # leave tokens in the slots; `read` comes after and writes over all of it.
-        stream = torch.cuda.Stream()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):         # is left even where recording fails
             for _ in range(3):
                 self._step()
+            with torch.cuda.graph(graph, stream=stream):
+                self._step()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
         return graph
 
-    def read(self, ids, mask, positions, features):
+    def read(self, prompts, ids, mask, positions):
         (B, P), ends = ids.shape, []
         size = max(1, PASS_TOKENS // P)
         for rows in (slice(k, k + size) for k in range(0, B, size)):
             output = self.policy.body(
-                ids[rows], mask[rows], positions[..., rows, :], features[rows], use_cache=True)
-            ends.append(output.last_hidden_state[:, -1])
-            for own, layer in zip(self.cache.layers, output.past_key_values.layers):
+                ids[rows], mask[rows], positions[..., rows, :],
+                self.policy.image_features(prompts[rows]), use_cache=True)
+            ends.append(output.last_hidden_state[:, -1].clone())        # not a view of all of it
+            for own, layer in zip(self.inner.layers, output.past_key_values.layers):
                 own.keys[rows, :, :P], own.values[rows, :, :P] = layer.keys, layer.values
                 layer.keys = layer.values = None        # the next group has the memory
         self.slot.fill_(P - 1)
@@ -147,5 +156,5 @@ class FixedCache:
         # subtle: a mask of four dimensions is taken as it is. Into one of two transformers would
         # look, which waits for the GPU.
         output = self.policy.body(
-            self.token, self.mask, self.position, cache=self.cache, use_cache=True)
+            self.token, self.mask, self.position, cache=self.inner, use_cache=True)
         self.hidden = output.last_hidden_state[:, -1]

@@ -34,9 +34,7 @@ class Facts:
     square: bool = False        # LLaVA's: squeezed to the vision tower's size, without tiles
     options: dict = field(default_factory=dict)     # else what the processor is told
     blocks: bool = False        # whether the tower attends within blocks of one long row of patches
-    # whether decode.FixedCache serves: not sliding or linear attention, nor experts whose tokens
-    # are counted on the CPU
-    fixed_cache: bool = True
+    fixed_cache: bool = True    # whether decode.FixedCache serves; not sliding or linear attention
 
 
 FAMILIES = {
@@ -63,6 +61,13 @@ PARTS = {
                   "model.visual.deepstack_merger_list."),
     "language": ("model.language_model.", "model.text_model."),
 }
+
+
+def takes_fixed_cache(config) -> bool:
+    """Whether decode.FixedCache serves a model: one of its family, and without a window."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return FAMILIES[config.model_type].fixed_cache and not window
+
 
 TEXT_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -177,8 +182,6 @@ class Family:
         self.image_token = model.config.image_token_id
         self.forward_arguments = set(inspect.signature(model.model.forward).parameters)
         self.as_list = True         # whether the forward pass takes features as a list
-        sliding = getattr(model.config.get_text_config(), "sliding_window", None)
-        self.fixed_cache = self.facts.fixed_cache and not sliding
 
     def end_tokens(self) -> set[int]:
         """The tokens that end an answer; Gemma has several."""

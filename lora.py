@@ -22,7 +22,7 @@ class LoRALinear(nn.Module):
     kept in fp32, whatever W is in, and used in x's type.
     """
 
-    playing = None      # (A, B) as they are used, cast once for all tokens of an answer
+    playing = None      # (A, B) as they are used, cast once for a batch of answers
 
     def __init__(self, base, rank, alpha, generator):
         super().__init__()
@@ -36,7 +36,10 @@ class LoRALinear(nn.Module):
     weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
     def forward(self, x):
-        A, B = (weight.to(x.dtype) for weight in self.playing or (self.lora_A, self.lora_B))
+        weights = self.lora_A, self.lora_B
+        if self.playing and not torch.is_grad_enabled():        # copies would learn nothing
+            weights = self.playing
+        A, B = (weight.to(x.dtype) for weight in weights)
         rows = x.reshape(-1, x.shape[-1])                               # (tokens, in)
         # the correction is added by the product itself, into W x: nothing else is written
         y = self.base(rows).addmm_(rows @ A.T, B.T, alpha=self.scale)   # (tokens, out)

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from decode import open_cache
-from families import PARTS, Family, load_processor, part_of_path
+from families import PARTS, Family, load_processor, part_of_path, takes_fixed_cache
 from lora import add_lora
 
 
@@ -76,7 +76,7 @@ class ValueHead(nn.Module):
         layers = []
         for wide, narrow in ((size, 1024), (1024, 512), (512, 1)):
             linear = nn.utils.skip_init(nn.Linear, wide, narrow)    # no global generator
-            bound = 1 / math.sqrt(wide)                 # torch's own start, from the run's seed
+            bound = 1 / math.sqrt(wide)     # torch's own start, biases apart, from the run's seed
             with torch.no_grad():
                 linear.weight.uniform_(-bound, bound, generator=generator)
                 linear.bias.zero_()
@@ -97,7 +97,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden):
         """(B, D) in any type → (B,) fp32."""
-        return self.mlp(self.standardised(hidden)).squeeze(-1).float()
+        return self.mlp(self.standardised(hidden)).squeeze(-1)
 
 
 # ---- the policy --------------------------------------------------------------------------------
@@ -146,8 +146,9 @@ class Policy(nn.Module):
         hidden_size = model.config.get_text_config().hidden_size
         self.value_head = ValueHead(hidden_size, generator).to(model.device)
 
-        # how the model runs
-        self.mode = self.cache = self.head = None       # _set_mode's, decode.open_cache's, _cast's
+        # how the model runs. mode is _set_mode's; the others are for playing alone: decode.py's
+        # cache, the output head in fp32
+        self.mode = self.cache = self.fp32_head = None
         self.compiled = False
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:                      # memory for time
@@ -155,11 +156,12 @@ class Policy(nn.Module):
                 {"use_reentrant": False}, every_n_layers=int(gradient_checkpointing))
         self._disable_dropout()
 
-        # which tokens end an answer, may close its JSON, are never sampled
         self.family = Family(model, processor)
-        # decode.py: "growing", "fixed", or "captured"
-        captured = model.device.type == "cuda" and self.family.fixed_cache
+        # decode.py's cache: "growing", "fixed", or "captured" (fixed, its step recorded)
+        captured = model.device.type == "cuda" and takes_fixed_cache(model.config)
         self.decoding = "captured" if captured else "growing"
+
+        # which tokens end an answer, may close its JSON, are never sampled
         self.end_tokens = self.family.end_tokens()
         pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         self.may_close = {token for token, piece in enumerate(pieces) if "}" in piece}
@@ -186,15 +188,17 @@ class Policy(nn.Module):
             return
         self.mode = playing, train
         if not playing:         # learning has the memory
-            self.cache = self.head = None
+            self.cache = self.fp32_head = None
             for layer in self.lora.values():
                 layer.playing = None
-        if self.compiled:       # prompts and single tokens would be compiled for themselves
-            torch.compiler.set_stance("force_eager" if playing else "default")
         self.model.train(train)
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":   # by name: to import it takes seconds
                 module.train()      # subtle: its eval mode's CPU kernel passes no gradient on
+
+    def train(self, mode=True):
+        self.mode = None        # somebody else has set it
+        return super().train(mode)
 
     def compile_layers(self):
         """Fuse what lies between a layer's matrix products, in scoring and learning.
@@ -204,7 +208,7 @@ class Policy(nn.Module):
         torch.compile(torch.neg)(torch.ones(2, device=self.device))     # now, not after a rollout
         self.compiled, self.mode = True, None
         for layer in self.model.get_decoder().layers:
-            layer.compile(dynamic=True)         # one program for all layers and shapes
+            layer.compile(dynamic=True)         # one program for all layers
 
     @property
     def device(self):
@@ -257,7 +261,7 @@ class Policy(nn.Module):
         """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
         # subtle: in fp32 from the head on. A bf16 logit of 20 is off by up to 0.06, which at
         # temperature 0.2 is 0.3 nats.
-        head = self.head
+        head = self.fp32_head
         if head is None:
             head = self.model.get_output_embeddings().weight.float()
         logits = F.linear(hidden.float(), head) / self.temperature
@@ -278,11 +282,7 @@ class Policy(nn.Module):
         prompts = [*prompts, *prompts[:1] * (rows - B)]
         responses = [*responses, *responses[:1] * (rows - B)]
         texts = [prompt.ids + response for prompt, response in zip(prompts, responses)]
-        # subtle: with gradients and without it is compiled to two programs, which may round
-        # differently: what is learned from is scored by the one that learns
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self.compiled):
-            self._set_mode()
-            hidden = self._read(prompts, texts, T, length)[:B]              # (B, T, D)
+        hidden = self._read(prompts, texts, T, length)[:B]                  # (B, T, D)
         tokens, mask = (one.to(self.device) for one in _padded(responses[:B], T))   # (B, T)
         value = self.value_head(hidden[:, 0])                               # (B,)
         # the hidden state at a place predicts the token of the next
@@ -292,20 +292,24 @@ class Policy(nn.Module):
     def _read(self, prompts, texts, T=1, length=None):
         """Hidden states at T places (B, T, D), the first of them each prompt's last token.
 
-        subtle: padded on the right and without a mask. No token sees what comes after it, so
-        padding is seen by none that counts, and attention has its fastest kernels.
+        subtle: padded on the right and without a mask. No token sees what comes after it (Gemma's
+        pictures apart), so padding is seen by none that counts, and attention has its fastest
+        kernels.
         """
         ids, _, positions = self._side_by_side(prompts, texts, length)
-        hidden = self.body(ids, None, positions, self.image_features(prompts)).last_hidden_state
+        # subtle: with gradients and without it is compiled to two programs, which may round
+        # differently: what is learned from is scored by the one that learns
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.compiled):
+            self._set_mode()
+            output = self.body(ids, None, positions, self.image_features(prompts))
         ends = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])[:, None]
         # beyond a text's end it does not matter what is read: it is masked
         places = (ends + torch.arange(T)).clamp(max=ids.shape[1] - 1).to(self.device)   # (B, T)
-        return hidden.take_along_dim(places[..., None], 1)
+        return output.last_hidden_state.take_along_dim(places[..., None], 1)
 
     @torch.no_grad()
     def prompt_hidden(self, prompts):
         """What the value head reads: hidden states (B, D) at the prompts' last tokens."""
-        self._set_mode()
         return self._read(prompts, [prompt.ids for prompt in prompts])[:, 0]
 
     @torch.no_grad()
@@ -315,6 +319,7 @@ class Policy(nn.Module):
 
     # -- out: answers
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")       # prompts and single tokens are not compiled
     def generate(
         self, prompts: list[Prompt], generator: torch.Generator, max_new_tokens=256,
         stopping_criterion: Callable[[str], bool] = None, greedy=False) -> list[list[int]]:
@@ -325,17 +330,23 @@ class Policy(nn.Module):
         draw. Raises FloatingPointError where the model's log-probabilities are not finite.
         """
         self._set_mode(playing=True)
-        self._cast()
+        # once for all tokens: adapters in the model's type, the head in fp32
+        for layer in self.lora.values():
+            layer.cast(self.model.dtype)
+        self.fp32_head = None               # its memory first
+        self.fp32_head = self.model.get_output_embeddings().weight.detach().float()
+
         texts = [prompt.ids for prompt in prompts]
         ids, mask, positions = self._side_by_side(prompts, texts, left=True)    # (B, P)
         cache = open_cache(self, positions, max_new_tokens)
-        logp = cache.read(ids, mask, positions, self.image_features(prompts))   # (B, V)
+        logp = cache.read(prompts, ids, mask, positions)                        # (B, V)
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))           # rows; all go on until none is left
         for length in range(1, max_new_tokens + 1):
             drawn = self._draw(logp, generator, greedy)         # (B, 1)
-            tokens = drawn[:, 0].tolist()                       # the one wait for a GPU a token
+            tokens = drawn[:, 0].tolist()                       # a step's one wait for a GPU
             if -1 in tokens:
+                self.cache = None       # a fixed one would keep the nan
                 raise FloatingPointError(
                     "the model's log-probabilities are not finite: its files are damaged, or it "
                     "has diverged; then start a new run (--out) with a smaller --lr or --bits 32")
@@ -351,12 +362,6 @@ class Policy(nn.Module):
                 break
             logp = cache.step(drawn)        # only the new token goes through the model
         return responses
-
-    def _cast(self):
-        """For all tokens of a call once: adapters in the model's type, the head in fp32."""
-        for layer in self.lora.values():
-            layer.cast(self.model.dtype)
-        self.head = self.model.get_output_embeddings().weight.detach().float()
 
     def _draw(self, logp, generator, greedy):
         """A token for each row of log-probabilities (B, V): (B, 1); -1 where they are nan."""

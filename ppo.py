@@ -7,8 +7,7 @@ it is weighted with λ (`cot_lambda`, not to be mixed up with `gae_lambda`). Dif
 published code: truncation bootstraps, each value belongs to its own observation and prompt, answers
 are scored under the prompt that they were sampled under. Ours: V's loss sends no gradient into the
 model (policy.ValueHead).
-Does not handle: playing (rollout.py),
-scoring tokens (policy.py), recurrent policies.
+Does not handle: playing (rollout.py), scoring tokens (policy.py), recurrent policies.
 """
 
 import torch
@@ -120,7 +119,9 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
             logp, mask, values = policy.logprobs(                       # (B, T), (B, T), (B,)
                 [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
             starts, old_logp, old_answer_logp, advantages, returns = (  # each (B,)
-                rollout.columns(group, logp.device))
+                column[group].to(logp.device) for column in (
+                    rollout.action_starts, rollout.old_logp, rollout.old_answer_logp,
+                    rollout.advantages, rollout.returns))
             new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
             if number == 0:
                 error = ((new_logp - old_logp).exp() - 1).abs().max().item()

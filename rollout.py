@@ -98,13 +98,6 @@ class Rollout:
             for k in range(0, len(members), shape.rows):
                 yield members[k:k + shape.rows], shape
 
-    def columns(self, indices, device):
-        """What learning needs of some samples, each (B,): where actions start, both old_…logp,
-        advantages, returns."""
-        columns = (
-            self.action_starts, self.old_logp, self.old_answer_logp, self.advantages, self.returns)
-        return [column[indices].to(device) for column in columns]
-
 
 def collect(policy, games: list, settings, sampling, fallback, progress=lambda steps: None):
     """Play num_steps of every game; return the Rollout. sampling, fallback: act's generators."""
@@ -251,7 +244,7 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
     another kernel. At depth in bf16 such differences have moved ratios by 0.3, and PPO clips at
     0.1; in batches of one size the ratio before the first step is 1 exactly. Usually there is one
     shape. Where the longest samples are more than a tenth longer there are two: full micro-batches
-    for the 95 % shortest, small ones for the rest.
+    for the 95 % shortest, smaller ones for the rest.
     """
     lengths = [len(prompt.ids) + len(response) for prompt, response in zip(prompts, responses)]
     short, long = sorted(lengths)[len(lengths) * 95 // 100], max(lengths)
@@ -261,7 +254,7 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
     own = settings.minibatch_size // parallel.size()
     T = max(len(response) for response, length in zip(responses, lengths) if length <= short)
     usual = Shape(min(settings.micro_batch_size, own), short, T)
-    # a minibatch has some 5 % of long samples: a sixteenth of its rows
-    few = min(settings.micro_batch_size, math.ceil(own / 16))
+    # a minibatch has some 5 % of long samples: a sixteenth of its rows, and no more tokens
+    few = max(1, min(math.ceil(own / 16), usual.rows * short // long))
     wide = Shape(few, long, max(map(len, responses)))
     return [wide if length > short else usual for length in lengths]

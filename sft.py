@@ -192,8 +192,7 @@ def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
 
 def by_length(prompts, responses, size) -> list[list[int]]:
     """Sample indices in groups of `size` of similar length, longest first: less padding."""
-    order = sorted(
-        range(len(prompts)), key=lambda i: (-len(prompts[i].ids) - len(responses[i]), i))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids) - len(responses[i]))
     return [order[k:k + size] for k in range(0, len(order), size)]
 
 
@@ -306,13 +305,7 @@ def main(arguments=None):
     with in_words():
         settings, resume = read_settings(SFTSettings, __doc__, arguments)
     folder = Path(settings.out)
-
-    def how_to_go_on():
-        if (folder / settings.file).exists():
-            return "go on with the same command and --resume"
-        return "nothing was saved yet: start it again with the same command"
-
-    with in_words(how_to_go_on):
+    with in_words(folder / settings.file):
         with as_model_error(folder):
             there = [file.name for file in folder.iterdir()] if folder.exists() else []
         if not resume and set(there) - {"run.lock", f"{settings.file}.part"}:

@@ -227,13 +227,7 @@ def launch(cls, description, arguments, make):
         parallel.start()
         settings, resume = read_settings(cls, description, arguments)
     folder = Path(settings.out)
-
-    def how_to_go_on():
-        if (folder / "config.json").exists():
-            return f"go on with the same command and --resume (its run folder is {folder})"
-        return "nothing was saved yet: start it again with the same command"
-
-    with in_words(how_to_go_on):
+    with in_words(folder / settings.file):
         # torchrun's processes share out the games and each minibatch
         for name in ("num_envs", "minibatch_size"):
             if getattr(settings, name) % parallel.size():

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # What a GPU has to show, from the repository's root, in two parts:
 #   bash lab/gpu.sh bench   at most 7 minutes: LLaVA-1.6-7B's shape in 4 bits under a cap of 24 GB;
-#       where 80 GB are there, in 16 bits without checkpointing, plain and with --compile. Each
-#       plays and learns an eighth of an update, once; the table gives the whole, of 512 steps and 4
-#       epochs. Decoding is measured with its step recorded, and beside it plain; the logs end in
-#       the ten kernels that take longest.
+#       where 80 GB are there, in 16 bits without checkpointing, without and with --compile. Each
+#       plays an eighth of an update and learns from it once, to warm up and again to be measured.
+#       The table extrapolates to an update of 512 steps and 4 epochs; it is a little too long, for
+#       what comes once a rollout comes once an eighth here. Decoding is measured with its step
+#       recorded and not recorded. The logs hold the ten kernels that take longest.
 #   bash lab/gpu.sh check   at most 4 minutes: side by side the tests with CUDA in sight, the
 #       rehearsal at full depth, a run of the pocket model on Blackjack.
 # Each job is a process of its own, so that a failure leaves the others. Results and logs lie in
-# results/bench/gpu-NAME/, and in one archive in $OUT (runs/ where that is not set). Bars, on an
-# H200: 22 GB or less in 4 bits; in 16 bits decoding at 4,000 tokens/s, learning at 42 % of the
-# matrix rate (45 with --compile); an update in 3.3 minutes (16 bits) and 6.8 (4 bits).
-# For a machine without a network that has PyTorch, an older transformers with huggingface-hub 1.31,
+# results/bench/gpu-NAME/, and in one archive in $OUT (in runs/ where that is not set).
+# To be reached on an H200: at most 22 GB in 4 bits; in 16 bits decoding at 4,000 tokens/s and
+# learning at 42 % of the matrix rate (45 % with --compile); an update in 3.3 minutes in 16 bits, in
+# 6.8 in 4.
+# `lab/gpu.sh --pack` makes runs/gpu-packages.tgz for a machine without a network, to be carried
+# along in its place. That machine must have PyTorch, some transformers with huggingface-hub 1.31,
 # tokenizers 0.23.1 and safetensors 0.8 or later, accelerate, peft, sentencepiece, pytest,
-# hypothesis and matplotlib: lab/gpu.sh --pack, elsewhere, writes runs/gpu-packages.tgz; carry that
-# file along in its place, and it is used.
+# hypothesis and matplotlib.
 set -uo pipefail
 packages=runs/gpu-packages
 
@@ -46,7 +48,7 @@ echo "$name, $gigabytes GB"
 # job NAME SECONDS COMMAND…: run it for so long at most; its log in $out/NAME.log, a line here
 job() {
     local name=$1 limit=$2 begun=$SECONDS; shift 2
-    if timeout -s INT -k 30 "$limit" "$@" > "$out/$name.log" 2>&1; then
+    if timeout -s INT -k 5 "$limit" "$@" > "$out/$name.log" 2>&1; then
         result=done
     else
         result="FAILED ($?)"
@@ -59,9 +61,8 @@ job() {
 if [ "$part" = bench ]; then
     # an eighth of an update, each answer learned from once
     eighth="python3 -m lab.bench --model llava-7b-random --num-steps 1 --update-epochs 1 --updates 1"
-    job bench-4-bits 170 $eighth --play-batch-size 64 --memory-gb 24 --profile \
-        --out "$out/bench-4-bits.json"
-    eighth="$eighth --play-batch-size 64 --bits 16 --gradient-checkpointing 0"
+    job bench-4-bits 165 $eighth --memory-gb 24 --profile --out "$out/bench-4-bits.json"
+    eighth="$eighth --bits 16 --gradient-checkpointing 0"
     if [ "$gigabytes" -ge 79 ]; then
         job bench-16-bits 115 $eighth --profile --out "$out/bench-16-bits.json"
         job bench-16-bits-compile 120 $eighth --compile --out "$out/bench-16-bits-compile.json"
@@ -72,9 +73,10 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("bench-*.json")):
     found = json.loads(file.read_text())
     whole = 512 / found["env_steps_per_s"] + 4 * 512 / found["samples_per_s"]
     print(file.stem, {key: round(found[key], 3) for key in (
-        "peak_memory_gib", "decode_tokens_per_s", "plain_decode_tokens_per_s",
-        "plain_kernels_a_token", "play_tokens_per_s", "samples_per_s", "mfu", "ratio_error")
-        if key in found}, f"an update of 512 steps: {whole / 60:.1f} min")
+        "decode_tokens_per_s", "plain_decode_tokens_per_s", "plain_kernels_a_step",
+        "play_tokens_per_s", "samples_per_s", "mfu", "ratio_error")},
+        f"peak {found['peak_memory_gib'] * 2**30 / 1e9:.1f} GB,",
+        f"an update of 512 steps {whole / 60:.1f} min")
 PYTHON
 else
     most=$(nproc --all)

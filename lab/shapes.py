@@ -146,7 +146,8 @@ TABLE = (
 
 
 def plans():
-    """[(row of TABLE, settings, plan)]: what train.py chooses where all but 1 GiB is free."""
+    """[(row of TABLE, settings, plan)]: what train.py chooses on a GPU of 1 GiB less than its name
+    says."""
     return [
         (row, *first_that_fits(
             row[2], Settings(task="blackjack", rank=row[3]), row[4], (row[0] - 1) * 2**30))

@@ -2,7 +2,7 @@
 
     with as_model_error("runs/x/sft.json"):         # a damaged file becomes a ModelError
         settings = json.loads(…)
-    with in_words(lambda: "go on with --resume"):   # a command line's whole run
+    with in_words(folder / "config.json"):          # a command line's whole run
 
 Does not handle: errors of this program itself. Outside of what is read from elsewhere those keep
 their traceback.
@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -95,10 +94,10 @@ def lines_of(text) -> str:
 
 
 @contextlib.contextmanager
-def in_words(advice: Callable[[], str] = lambda: ""):
+def in_words(config=None):
     """Run a command line: what a user can meet ends it with a sentence.
 
-    advice: how to go on, asked for when it is needed.
+    config: the file that a run can go on from once it is there; None where there is no run.
     """
     for stream in (sys.stdout, sys.stderr):
         # a terminal without "→" gets \\u2192, not a traceback; a notebook's stream has them all
@@ -107,7 +106,11 @@ def in_words(advice: Callable[[], str] = lambda: ""):
     program = Path(sys.argv[0]).name
 
     def and_then():
-        return f"; {said}" if (said := advice()) else ""
+        if not config:
+            return ""
+        if config.exists():
+            return f"; go on with the same command and --resume (its folder is {config.parent})"
+        return "; nothing was saved yet: start it again with the same command"
 
     try:
         yield

@@ -27,13 +27,13 @@ from transformers.utils import cached_file
 import parallel
 from decode import PASS_TOKENS
 from env import make_game
-from families import FAMILIES, Family, load_processor
+from families import Family, load_processor, takes_fixed_cache
 from lora import add_lora
 from parse import make_prompt
 from plumbing.errors import ModelError, as_model_error
 
 ANSWER_TOKENS = 100     # what an answer is taken to be long; the experts' are 34 to 63 of Mistral's
-MARGIN = 1.15           # so many times the plan should be free, for all that is not counted
+MARGIN = 1.15           # so many times the plan should fit, for all that is not counted
 # the settings that are chosen by a GPU's memory
 CHOSEN = ("micro_batch_size", "play_batch_size", "bits", "gradient_checkpointing")
 COUNTED = {}            # what count has found, a second each: plans for several bits need the same
@@ -73,10 +73,10 @@ def check_weights(name, bits, device, stored_bits):
 
 
 def fit_to_gpu(model, settings, given):
-    """The settings with what hangs on a GPU's memory (CHOSEN), but for those given.
+    """The settings with what depends on a GPU's memory (CHOSEN), but for those given.
 
     model: loading.FoundModel. It goes by all the memory that the GPU has, not by what is free: a
-    run must not hang on what else the GPU does, for another size of batches draws other tokens.
+    run must not depend on what else the GPU does, and another size of batches draws other tokens.
     """
     free = {name for name in CHOSEN if name in vars(settings)} - {*given}   # sft.py does not play
     if not free:                    # the first stage, of which one process alone comes here
@@ -94,7 +94,7 @@ def first_that_fits(config, settings, size, total, free=CHOSEN):
     answers a forward pass as make about PASS_TOKENS, and 64 written at once. Then come 16 bits
     before 4, then as little checkpointing as can be.
     """
-    filled = 2 ** round(math.log2(PASS_TOKENS / (size[0] + ANSWER_TOKENS)))
+    filled = 2 ** max(0, round(math.log2(PASS_TOKENS / (size[0] + ANSWER_TOKENS))))
     for halved, bits, checkpointing in itertools.product(range(7), ("16", "4"), (0, 2, 1)):
         tried = max(1, filled >> halved), 64 >> halved, bits, checkpointing
         settings = replace(
@@ -156,10 +156,10 @@ def memory_plan(config, settings, size) -> dict[str, int]:
 
     head_size = _first(text, "head_dim") or hidden // text.num_attention_heads
     keys = _first(text, "num_key_value_heads", "num_attention_heads") * head_size
-    prefill, kept_tokens = playing, playing * length
-    if playing and FAMILIES[config.model_type].fixed_cache:
+    prefill = playing
+    kept_tokens = playing * (prompt_tokens + getattr(settings, "max_new_tokens", 0))
+    if takes_fixed_cache(config):
         prefill = min(playing, max(1, PASS_TOKENS // prompt_tokens))
-        kept_tokens = playing * (prompt_tokens + settings.max_new_tokens)
         kept_tokens += prefill * prompt_tokens      # a group's own, before it is copied
     return {
         "weights": sum(map(nf4_bytes, linear)) if bits == 4 else sum(linear) * bits // 8,
@@ -172,11 +172,11 @@ def memory_plan(config, settings, size) -> dict[str, int]:
         "update: head in fp32 and 4 × the answers' logits":
             4 * text.vocab_size * (hidden + 4 * batch * ANSWER_TOKENS),
         "step: Adam's temporary": learning,
-        "play: keys and values": 2 * 2 * kept_tokens * layers * keys,
+        "play: keys and values": 4 * kept_tokens * layers * keys,
         "play: adapters in 16 bits": 2 * adapters,
         "play: head in fp32": 4 * text.vocab_size * hidden,
         "play: a layer's prefill (4 MLP-wide tensors)":
-            4 * 2 * prefill * prompt_tokens * text.intermediate_size,
+            8 * prefill * prompt_tokens * text.intermediate_size,
     }
 
 
@@ -224,6 +224,9 @@ def kept_for_backward(model, samples, length) -> int:
         return tensor
 
     width = model.config.get_text_config().hidden_size
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"    # it would look at positions, which are not there
     with torch.device("meta"):
         hidden = torch.empty(
             samples, length, width, dtype=torch.bfloat16, requires_grad=True)

@@ -113,8 +113,8 @@ class Settings(ModelSettings):
         8, "steps of each game per update", paper=512, why="games × steps are a rollout")
     max_new_tokens: int = setting(256, "longest answer", paper=256)
     play_batch_size: int = setting(
-        32, "answers generated at once (another number draws other tokens); a GPU with room takes "
-        "64", pocket=64)
+        64, "answers generated at once, or what a GPU has room for (another number draws other "
+        "tokens)")
     # learning
     cot_lambda: float = setting(0.5, "λ, weight of the thoughts' log-probability", paper=0.5)
     gamma: float = setting(0.9, "discount", paper=0.9)
@@ -133,7 +133,8 @@ class Settings(ModelSettings):
     micro_batch_size: int = setting(
         4, "answers per forward pass (sums round otherwise); a GPU takes 4096 tokens', or what it "
         "has room for", pocket=64)
-    compile: bool = setting(False, "torch.compile a layer, which rounds otherwise: faster on a GPU")
+    compile: bool = setting(
+        False, "torch.compile for learning, which rounds otherwise; a GPU's gain is not measured")
     target_kl: float = setting(
         0.0, "the policy's update ends at a minibatch's approx_kl above this; 0: never", pocket=0.1,
         paper=0.0, why="at its learning rate some updates overshoot")
@@ -204,9 +205,9 @@ def resolve(cls, given: dict, model=None):
     """Return cls with every setting filled: the one place where defaults are made.
 
     Of several values the last wins: a large model's default, the pocket model's, the game's own
-    (its class), what the model's files ask for, what was given. What hangs on a GPU's memory comes
-    last (memory.fit_to_gpu). model: loading.FoundModel, None where no model plays. ModelError where
-    the settings make no sense.
+    (its class), what the model's files ask for, what was given. What depends on a GPU's memory
+    comes last (memory.fit_to_gpu). model: loading.FoundModel, None where no model plays.
+    ModelError where the settings make no sense.
     """
     entries = cls.__dataclass_fields__
     given = {name: value for name, value in given.items() if value != "auto"}

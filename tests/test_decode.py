@@ -50,7 +50,7 @@ def test_both_caches_draw_the_same_tokens(tiny_families, kind, monkeypatch):
     for row, response in enumerate(answers["fixed"]):
         decoded = torch.stack([steps[t][row, token] for t, token in enumerate(response)])
         torch.testing.assert_close(logp[row, :len(response)], decoded, atol=2e-6, rtol=1e-5)
-    assert agent.cache is None and agent.head is None                   # learning has the memory
+    assert agent.cache is None and agent.fp32_head is None                   # learning has the memory
 
 
 class Operations(TorchDispatchMode):
@@ -76,7 +76,7 @@ def test_a_step_waits_for_nothing_and_stays_where_it_is(tiny_families, kind, mon
 
     def addresses():
         tensors = [cache.token, cache.slot, cache.mask, cache.position]
-        tensors += [tensor for layer in cache.cache.layers for tensor in (layer.keys, layer.values)]
+        tensors += [tensor for layer in cache.inner.layers for tensor in (layer.keys, layer.values)]
         return [tensor.data_ptr() for tensor in tensors], [tensor.shape for tensor in tensors]
 
     before, slot = addresses(), cache.slot.item()
@@ -141,6 +141,21 @@ def test_a_recorded_step_draws_the_same_tokens(shipped):
     assert agent.decoding == "captured" and agent.cache.graph
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_a_step_that_cannot_be_recorded_is_taken_plainly(shipped, monkeypatch):
+    """On a GPU: a step that looks at a number breaks the recording; the answers are those without one."""
+    agent = Policy(copy.deepcopy(shipped[0]).cuda(), shipped[1], rank=8, seed=3)
+    prompts, _, _ = mixed_prompts(agent)
+    agent.decoding = "growing"
+    expected = agent.generate(prompts, torch.Generator("cuda").manual_seed(0), 12)
+    plain = decode.FixedCache._step
+    monkeypatch.setattr(decode.FixedCache, "_step", lambda cache: (cache.slot.item(), plain(cache)))
+    agent.decoding = "captured"
+    with pytest.warns(UserWarning, match="records no decoding step"):
+        assert agent.generate(prompts, torch.Generator("cuda").manual_seed(0), 12) == expected
+    assert agent.decoding == "fixed" and torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
 def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
     """In bf16, where adapters and head are copies: what learned since is played, as by a policy made anew."""
     tiny_models.make("llava", tmp_path)
@@ -151,18 +166,22 @@ def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
     before = agents[0].generate(prompts, torch.Generator().manual_seed(0), 20)
     layer = next(iter(agents[0].lora.values()))
     places = [tensor.data_ptr() for tensor in layer.playing]
-    assert layer.playing[0].dtype == torch.bfloat16 and agents[0].head.dtype == torch.float32
+    assert layer.playing[0].dtype == torch.bfloat16 and agents[0].fp32_head.dtype == torch.float32
     for agent in agents:
         shake(agent, size=0.3)
         with torch.no_grad():
             agent.model.get_output_embeddings().weight.mul_(1.5)
+    # where gradients are wanted the copies are passed by: they would learn nothing
+    agents[0].model.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state.sum().backward()
+    assert layer.playing is not None and next(layer.lora_B.grad for path, layer in agents[0].lora.items()
+                                              if "language" in path).abs().sum() > 0
     after = [agent.generate(prompts, torch.Generator().manual_seed(0), 20) for agent in agents]
     assert after[0] == after[1] != before
     assert places == [tensor.data_ptr() for tensor in layer.playing]
     names = {name for name, _ in agents[0].named_parameters()}
-    assert "head" not in names and not any("playing" in name for name in names)
+    assert "fp32_head" not in names and not any("playing" in name for name in names)
     agents[0].value(prompts)
-    assert layer.playing is None and agents[0].head is None
+    assert layer.playing is None and agents[0].fp32_head is None
 
 
 class Recording:
@@ -187,7 +206,7 @@ def test_the_steps_before_a_recording_leave_no_trace(agent, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Recording()) or made[-1])
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
     steps = []
     plain = decode.FixedCache._step
     monkeypatch.setattr(decode.FixedCache, "_step", lambda cache: (

@@ -143,7 +143,7 @@ def test_bench_measures_an_update(capsys, monkeypatch, tiny_families):
                 "--micro-batch-size", "4"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["decode_tokens_per_s"] > 0 < figures["play_tokens_per_s"] and 0 < figures["mfu"] < 1
-    assert 200 < figures["kernels_a_token"] < 600
+    assert 200 < figures["kernels_a_step"] < 600
     assert figures["whole_update_s"] == pytest.approx(figures["rollout_s"] + figures["update_s"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench.main(["--model", "llava-7b-random", "--memory-gb", "24"])

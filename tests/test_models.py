@@ -419,6 +419,14 @@ def test_the_memory_plan_is_what_autograd_keeps(shipped):
     assert kept[1] < 0.2 * kept[0] < 0.5 * kept[0] < kept[2] < kept[3] < kept[0]
 
 
+def test_positions_that_stretch_with_the_text_are_planned_for(tiny_families):
+    """InternVL's RoPE may be "dynamic": it looks at how long the text is, which the meta device cannot tell."""
+    config = loading.AutoConfig.from_pretrained(tiny_families["internvl"])
+    plain = memory.count(config, 2, ("language",), 2, 50)
+    config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert memory.count(config, 2, ("language",), 2, 50) == plain
+
+
 @pytest.mark.parametrize("kind", [kind for kind in tiny_models.KINDS if kind != "llava_onevision"])     # it adds tiles
 def test_a_family_is_transformers_own_forward_pass(tiny_families, kind):
     """One unpadded sample through the whole model on the processor's own tensors: the same log-probabilities. (Wrong

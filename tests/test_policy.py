@@ -146,10 +146,11 @@ def test_compiled_layers_score_as_they_learn(tiny_families):
         torch.testing.assert_close(new, expected, atol=1e-5, rtol=1e-5)
         (new.sum() + value.sum()).backward()
         (expected.sum() + expected_value.sum()).backward()
+    torch.testing.assert_close(compiled.value(prompts), value, atol=1e-5, rtol=1e-5)
+    assert not compiled.prompt_hidden(prompts).requires_grad
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2          # and the layers'
     for (name, a), (_, b) in zip(compiled.trainable(), plain.trainable()):
         assert (a.grad is None) == (b.grad is None)
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
     assert compiled.generate(prompts, torch.Generator().manual_seed(0), 12) == before[0]
-    torch.compiler.set_stance("default")
