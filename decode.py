@@ -33,9 +33,10 @@ def open_cache(policy, positions, max_new_tokens):
     if policy.decoding == "growing":
         return GrowingCache(policy)
     slots = math.ceil((positions.shape[-1] + max_new_tokens) / SLOTS) * SLOTS
-    if policy.cache is None or policy.cache.shape != (positions.shape[-2], slots):
+    kind = positions.shape[-2], slots, policy.decoding
+    if policy.cache is None or policy.cache.kind != kind:
         policy.cache = None             # its memory first
-        policy.cache = FixedCache(policy, positions, slots)
+        policy.cache = FixedCache(policy, positions, kind)
     return policy.cache
 
 
@@ -85,9 +86,9 @@ class FixedCache:
     read in groups of PASS_TOKENS.
     """
 
-    def __init__(self, policy, positions, slots):
-        self.policy, self.shape = policy, (positions.shape[-2], slots)
-        rows, device, dtype = self.shape[0], policy.device, policy.model.dtype
+    def __init__(self, policy, positions, kind):
+        self.policy, self.kind = policy, kind
+        (rows, slots, decoding), device, dtype = kind, policy.device, policy.model.dtype
         text = policy.model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -99,7 +100,7 @@ class FixedCache:
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)      # the one just drawn
         self.position = torch.zeros_like(positions[..., -1:])
         self.graph = None
-        if policy.decoding == "captured":
+        if decoding == "captured":
             try:
                 self.graph = self._capture()
             except torch.cuda.OutOfMemoryError:

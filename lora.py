@@ -36,10 +36,8 @@ class LoRALinear(nn.Module):
     weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
     def forward(self, x):
-        weights = self.lora_A, self.lora_B
-        if self.playing and not torch.is_grad_enabled():        # copies would learn nothing
-            weights = self.playing
-        A, B = (weight.to(x.dtype) for weight in weights)
+        copies = None if torch.is_grad_enabled() else self.playing      # they would learn nothing
+        A, B = (weight.to(x.dtype) for weight in copies or (self.lora_A, self.lora_B))
         rows = x.reshape(-1, x.shape[-1])                               # (tokens, in)
         # the correction is added by the product itself, into W x: nothing else is written
         y = self.base(rows).addmm_(rows @ A.T, B.T, alpha=self.scale)   # (tokens, out)

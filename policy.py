@@ -148,8 +148,7 @@ class Policy(nn.Module):
 
         # how the model runs. mode is _set_mode's; the others are for playing alone: decode.py's
         # cache, the output head in fp32
-        self.mode = self.cache = self.fp32_head = None
-        self.compiled = False
+        self.mode = self.cache = self.fp32_head = self.compiled = None
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:                      # memory for time
             model.activation_checkpointing_enable(
@@ -184,9 +183,9 @@ class Policy(nn.Module):
         """Ready the model to play, to score or to learn; it is remembered, for it takes a while."""
         # without dropout, train mode only turns checkpointing on, and with it the cache off
         train = self.gradient_checkpointing and torch.is_grad_enabled() and not playing
-        if self.mode == (playing, train):
+        if (self.mode, self.model.training) == (playing, train):
             return
-        self.mode = playing, train
+        self.mode = playing
         if not playing:         # learning has the memory
             self.cache = self.fp32_head = None
             for layer in self.lora.values():
@@ -201,11 +200,7 @@ class Policy(nn.Module):
         return super().train(mode)
 
     def compile_layers(self):
-        """Fuse what lies between a layer's matrix products, in scoring and learning.
-
-        RuntimeError where this machine has no compiler.
-        """
-        torch.compile(torch.neg)(torch.ones(2, device=self.device))     # now, not after a rollout
+        """Fuse what lies between a layer's matrix products, in scoring and learning."""
         self.compiled, self.mode = True, None
         for layer in self.model.get_decoder().layers:
             layer.compile(dynamic=True)         # one program for all layers
@@ -299,7 +294,7 @@ class Policy(nn.Module):
         ids, _, positions = self._side_by_side(prompts, texts, length)
         # subtle: with gradients and without it is compiled to two programs, which may round
         # differently: what is learned from is scored by the one that learns
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self.compiled):
+        with torch.set_grad_enabled(self.compiled or torch.is_grad_enabled()):
             self._set_mode()
             output = self.body(ids, None, positions, self.image_features(prompts))
         ends = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])[:, None]
@@ -370,8 +365,8 @@ class Policy(nn.Module):
             drawn = logp.argmax(-1, keepdim=True)
         else:
             # no draw from what is not finite: on a GPU it would end the program
-            chances = logp.exp().masked_fill(broken, 1)
-            drawn = torch.multinomial(chances, 1, generator=generator)
+            drawn = torch.multinomial(
+                logp.exp().masked_fill(broken, 1), 1, generator=generator)
         return drawn.masked_fill(broken, -1)
 
     def decode(self, response: list[int]) -> str:

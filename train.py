@@ -52,8 +52,7 @@ class Run:
     def __init__(self, settings, policy, files):
         self.settings, self.policy, self.files = settings, policy, files
         if settings.compile:
-            with as_model_error("--compile", RuntimeError):
-                policy.compile_layers()
+            policy.compile_layers()
         self.update = 0             # updates behind us
         self.checkpoint = None      # the folder that holds it as of the last save or load
 
@@ -228,6 +227,9 @@ def launch(cls, description, arguments, make):
         settings, resume = read_settings(cls, description, arguments)
     folder = Path(settings.out)
     with in_words(folder / settings.file):
+        if settings.compile:        # a machine may have no compiler: said now, not after an hour
+            with as_model_error("--compile", RuntimeError):
+                torch.compile(torch.neg)(torch.ones(2, device=settings.device))
         # torchrun's processes share out the games and each minibatch
         for name in ("num_envs", "minibatch_size"):
             if getattr(settings, name) % parallel.size():

@@ -261,7 +261,8 @@ def main(arguments=None):
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     # no early end: every update does the same work
     given = {"task": options.task, "model": options.model, "target_kl": 0.0, "sft_steps": 0}
-    given |= {name: value for name, value in vars(options).items() if name in FLAGS}
+    given |= {
+        name: value for name, value in vars(options).items() if name in FLAGS and value != "auto"}
     found = None
     with in_words():
         if options.model == RANDOM_7B:

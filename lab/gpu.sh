@@ -38,7 +38,7 @@ export HF_HUB_OFFLINE=1
 read -r name gigabytes < <(python3 -c '
 import torch
 found = torch.cuda.get_device_properties(0)
-print(found.name.replace(" ", "-"), round(found.total_memory / 1e9))') ||
+print(found.name.replace(" ", "-"), round(found.total_memory / 1e9))' 2> /dev/null) ||
     { echo "no CUDA GPU is here"; exit 1; }
 out=results/bench/gpu-$name
 failed=$out/$part-failed

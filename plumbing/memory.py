@@ -91,12 +91,13 @@ def first_that_fits(config, settings, size, total, free=CHOSEN):
     """(settings, plan): the first choice that fits a GPU of `total` bytes, else the smallest.
 
     free: the names of the settings that are chosen. Large batches come before small ones: as many
-    answers a forward pass as make about PASS_TOKENS, and 64 written at once. Then come 16 bits
-    before 4, then as little checkpointing as can be.
+    answers a forward pass as make about PASS_TOKENS, and all games', 64 at most, written at once.
+    Then come 16 bits before 4, then as little checkpointing as can be.
     """
     filled = 2 ** max(0, round(math.log2(PASS_TOKENS / (size[0] + ANSWER_TOKENS))))
+    games = min(64, getattr(settings, "num_envs", 64) // parallel.size())
     for halved, bits, checkpointing in itertools.product(range(7), ("16", "4"), (0, 2, 1)):
-        tried = max(1, filled >> halved), 64 >> halved, bits, checkpointing
+        tried = max(1, filled >> halved), max(1, games >> halved), bits, checkpointing
         settings = replace(
             settings, **{name: value for name, value in zip(CHOSEN, tried) if name in free})
         plan = memory_plan(config, settings, size)

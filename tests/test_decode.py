@@ -45,7 +45,7 @@ def test_both_caches_draw_the_same_tokens(tiny_families, kind, monkeypatch):
             del agent.log_softmax
         assert answers["growing"] == answers["fixed"]
         caches.add(id(agent.cache))
-    assert len(caches) == 1 and agent.cache.shape[0] == 3 and agent.cache.shape[1] % decode.SLOTS == 0
+    assert len(caches) == 1 and agent.cache.kind[0] == 3 and agent.cache.kind[1] % decode.SLOTS == 0
     logp, _, _ = agent.logprobs(prompts, answers["fixed"])
     for row, response in enumerate(answers["fixed"]):
         decoded = torch.stack([steps[t][row, token] for t, token in enumerate(response)])
@@ -212,6 +212,9 @@ def test_the_steps_before_a_recording_leave_no_trace(agent, monkeypatch):
     monkeypatch.setattr(decode.FixedCache, "_step", lambda cache: (
         steps.append(1), [setattr(graph, "step", lambda: plain(cache)) for graph in made[-1:]], plain(cache)))
     expected = [agent.generate(prompts[k:], torch.Generator().manual_seed(k), 20) for k in (0, 0, 3)]
+    agent.decoding = "fixed"                                                # a cache without a recording
+    agent.generate(prompts, torch.Generator().manual_seed(0), 20)
+    steps.clear()
     agent.decoding = "captured"
     first, second = (agent.generate(prompts, torch.Generator().manual_seed(0), 20) for _ in range(2))
     assert len(made) == 1 and made[0].played > 10 and len(steps) == 4       # three to warm up, one that is recorded

@@ -352,6 +352,10 @@ def test_a_gpus_whole_memory_decides_bits_checkpointing_and_batches(tmp_path, mo
     total[0] = 27e9                                                     # in 16 bits there is room for fewer
     settings = chosen(loading.LLAVA_7B, bits="16", micro_batch_size=2)[1]
     assert settings.micro_batch_size == 2 and settings.play_batch_size < 64
+    total[0] = 29e9                                                     # no more answers at once than there are games
+    assert chosen(loading.LLAVA_7B)[1].bits == "4"
+    settings = chosen(loading.LLAVA_7B, num_envs=8, num_steps=64)[1]
+    assert (settings.bits, settings.play_batch_size) == ("16", 8)
     free[0] = total[0] = 10e9
     with pytest.raises(ModelError, match="14.0 GiB in 16 bits and this GPU has free 9.3"):
         open_model(find_model(loading.LLAVA_7B), 16)

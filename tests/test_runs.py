@@ -142,6 +142,16 @@ def test_parts_in_any_order_are_one_setting(tmp_path, capsys):
     assert not resume and found.task == "numberline" and "this starts one" in capsys.readouterr().out
 
 
+def test_a_machine_without_a_compiler_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(SystemExit, match="--compile cannot be used: .*No working C"):
+        train.main(["--task", "numberline", "--model", "pocket", "--compile", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_flags={},
                         device="cpu")
 
