@@ -141,8 +141,9 @@ def held_out(policy, settings, update, path, board=None):
         result = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     if result and "update" not in result:
         # eval.py wrote it, of whatever policy: it stays, by another name
-        names = (path.with_name(f"{path.stem}-{n}.json") for n in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
+        kept = next(
+            name for number in itertools.count(1)
+            if not (name := path.with_name(f"{path.stem}-{number}.json")).exists())
         path.rename(kept)
         say(f"{path} was not written by train.py: it is {kept} now")
     played = result.get("update"), result.get("episodes"), result.get("seed")
