@@ -6,10 +6,10 @@
 
 Two caches give the same distribution. The one that grows is transformers' own and serves every
 model. The fixed one is for a GPU: a step of a large model is some 1,700 small kernels, which a
-program launches more slowly than the GPU runs them, so one step is recorded (a CUDA graph) and
-played again as a whole. Such a step must find everything at the addresses of its recording, and
-must not wait for the CPU: keys and values lie in a fixed number of slots, and a mask tells which of
-them hold a token. Does not handle: drawing, and when to stop (policy.py).
+program launches more slowly than the GPU runs them, so one step is captured as a CUDA graph and
+replayed as a whole. Such a step must find everything at the addresses that it was captured with,
+and must not wait for the CPU: keys and values lie in a fixed number of slots, and a mask tells
+which of them hold a token. Does not handle: drawing, and when to stop (policy.py).
 """
 
 import math
@@ -26,7 +26,7 @@ SLOTS = 64
 
 
 def open_cache(policy, positions, max_new_tokens):
-    """The cache that a policy decodes with; a fixed one is used again while rows and slots stay.
+    """The cache that a policy decodes with; a fixed one is used again while its kind stays.
 
     positions: the prompts', (B, P) or (3, B, P).
     """
@@ -82,8 +82,8 @@ class FixedLayer(StaticLayer):
 class FixedCache:
     """Keys and values of B rows in a fixed number of slots; the step is captured where it can be.
 
-    All that a step reads and writes is made here, once, and written over from then on. Prompts are
-    read in groups of PASS_TOKENS.
+    kind: (B, slots, policy.decoding). All that a step reads and writes is made here, once, and
+    written over from then on. Prompts are read in groups of PASS_TOKENS.
     """
 
     def __init__(self, policy, positions, kind):
@@ -108,15 +108,15 @@ class FixedCache:
             except RuntimeError as error:       # what torch raises of a GPU
                 policy.decoding = "fixed"
                 warnings.warn(
-                    f"this GPU records no decoding step, so decoding is slower: {error}",
+                    f"no decoding step could be captured, so decoding is slower: {error}",
                     stacklevel=2)
 
     def _capture(self):
-        # On a stream of its own some steps come first, for all that is made at a first call. They
+        # Some steps come first, on a stream of its own, for all that is made at a first call. They
         # leave tokens in the slots; `read` comes after and writes over all of it.
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):         # is left even where recording fails
+        with torch.cuda.stream(stream):         # is left even where capturing fails
             for _ in range(3):
                 self._step()
             with torch.cuda.graph(graph, stream=stream):
@@ -150,7 +150,7 @@ class FixedCache:
         return self.policy.log_softmax(self.hidden)
 
     def _step(self):
-        """The part of a step that is recorded: to the token's last hidden state (B, D)."""
+        """The part of a step that is captured: up to the token's last hidden state (B, D)."""
         self.position += 1
         self.slot += 1
         self.mask.index_fill_(-1, self.slot, 0)

@@ -29,11 +29,11 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 @dataclass(frozen=True)
 class Facts:
-    """How a picture goes in as one view."""
+    """How a picture goes in as one view; which cache the language model can decode with."""
 
     square: bool = False        # LLaVA's: squeezed to the vision tower's size, without tiles
     options: dict = field(default_factory=dict)     # else what the processor is told
-    blocks: bool = False        # whether the tower attends within blocks of one long row of patches
+    blocks: bool = False        # whether the tower lays all pictures in one row (attend_in_blocks)
     fixed_cache: bool = True    # whether decode.FixedCache serves; not sliding or linear attention
 
 
@@ -54,6 +54,13 @@ FAMILIES = {
     "internvl": Facts(options={"crop_to_patches": False}),
 }
 
+
+def takes_fixed_cache(config) -> bool:
+    """Whether decode.FixedCache serves a model: one of its family, and without a window."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return FAMILIES[config.model_type].fixed_cache and not window
+
+
 # The parts that can have adapters, by prefixes of module paths; the longest that fits decides.
 PARTS = {
     "vision": ("model.vision_tower.", "model.vision_model.", "model.visual."),
@@ -61,13 +68,6 @@ PARTS = {
                   "model.visual.deepstack_merger_list."),
     "language": ("model.language_model.", "model.text_model."),
 }
-
-
-def takes_fixed_cache(config) -> bool:
-    """Whether decode.FixedCache serves a model: one of its family, and without a window."""
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return FAMILIES[config.model_type].fixed_cache and not window
-
 
 TEXT_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -128,8 +128,8 @@ def attend_in_blocks(module, query, key, value, attention_mask, cu_seq_lens_q, m
 
     query, key, value: (1, heads, S, size); block k is cu_seq_lens_q[k] to [k + 1]. Returns (1, S,
     heads, size), None. transformers' own way is a call for each block: 8,192 where Qwen2.5-VL reads
-    32 pictures. subtle: a mask over the whole row would be one call too, but a picture would be
-    rounded by its place in the row, and ratios would not be 1.
+    32 pictures. subtle: a mask over the whole row would be one call too, but in bf16 a picture's
+    features would depend on its place in the row, and ratios would not be 1.
     """
     places = cu_seq_lens_q[:-1, None] + torch.arange(int(max_length_q), device=query.device)
     real = places < cu_seq_lens_q[1:, None]                             # (blocks, longest)
@@ -140,7 +140,8 @@ def attend_in_blocks(module, query, key, value, attention_mask, cu_seq_lens_q, m
     return seen[:, real].transpose(0, 1)[None], None
 
 
-# "flash": the towers give this kind alone their blocks, and not a block at a time
+# subtle: transformers' towers hand over all blocks at once where the name says "flash", and else
+# call a block at a time
 AttentionInterface.register("blocks_flash", attend_in_blocks)
 
 

@@ -2,8 +2,8 @@
 
     layers = add_lora(model, rank=128, alpha=256, target_modules=("language",), generator=generator)
 
-Differs from PEFT, which the tests hold it against: no dropout, and the correction is added by the
-product itself. Does not handle: files of adapters (plumbing/adapters.py).
+Differs from PEFT, which the tests hold it against: no dropout, and B A x is added into W x by the
+matrix product itself. Does not handle: files of adapters (plumbing/adapters.py).
 """
 
 import math
@@ -22,7 +22,7 @@ class LoRALinear(nn.Module):
     kept in fp32, whatever W is in, and used in x's type.
     """
 
-    playing = None      # (A, B) as they are used, cast once for a batch of answers
+    playing = None      # (A, B) in the model's type, cast once for a batch of answers (generate)
 
     def __init__(self, base, rank, alpha, generator):
         super().__init__()
@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         copies = None if torch.is_grad_enabled() else self.playing      # they would learn nothing
         A, B = (weight.to(x.dtype) for weight in copies or (self.lora_A, self.lora_B))
         rows = x.reshape(-1, x.shape[-1])                               # (tokens, in)
-        # the correction is added by the product itself, into W x: nothing else is written
+        # W x + (α/r) (x Aᵀ) Bᵀ, added in place: one kernel fewer, and no second output
         y = self.base(rows).addmm_(rows @ A.T, B.T, alpha=self.scale)   # (tokens, out)
         return y.unflatten(0, x.shape[:-1])
 

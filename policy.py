@@ -12,8 +12,9 @@ of a rollout. "levels" is 1; more where deeper layers get picture features too (
 
 Differs from the published code: one function scores old, new and supervised answers; transformers'
 own models, shown one view of the picture (I = 576 for LLaVA-1.6, as there); no dropout anywhere.
-Does not handle: what differs between models (families.py), finding them and files of adapters
-(plumbing/), what the text means (parse.py), learning (ppo.py, sft.py).
+Does not handle: adapters (lora.py), the cache that decoding goes by (decode.py), what differs
+between models (families.py), finding them and files of adapters (plumbing/), what the text means
+(parse.py), learning (ppo.py, sft.py).
 """
 
 import logging
@@ -146,8 +147,8 @@ class Policy(nn.Module):
         hidden_size = model.config.get_text_config().hidden_size
         self.value_head = ValueHead(hidden_size, generator).to(model.device)
 
-        # how the model runs. mode is _set_mode's; the others are for playing alone: decode.py's
-        # cache, the output head in fp32
+        # how the model runs. mode: _set_mode's, None where nothing is known; cache (decode.py's)
+        # and fp32_head (the output head's weights) are there while it plays
         self.mode = self.cache = self.fp32_head = self.compiled = None
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:                      # memory for time
@@ -156,7 +157,7 @@ class Policy(nn.Module):
         self._disable_dropout()
 
         self.family = Family(model, processor)
-        # decode.py's cache: "growing", "fixed", or "captured" (fixed, its step recorded)
+        # decode.py's cache: "growing", "fixed", or "captured" (fixed, its step a CUDA graph)
         captured = model.device.type == "cuda" and takes_fixed_cache(model.config)
         self.decoding = "captured" if captured else "growing"
 
@@ -180,7 +181,7 @@ class Policy(nn.Module):
                     setattr(module, name, 0.0)
 
     def _set_mode(self, playing=False):
-        """Ready the model to play, to score or to learn; it is remembered, for it takes a while."""
+        """Ready the model to play, to score or to learn, unless it is: that takes milliseconds."""
         # without dropout, train mode only turns checkpointing on, and with it the cache off
         train = self.gradient_checkpointing and torch.is_grad_enabled() and not playing
         if (self.mode, self.model.training) == (playing, train):

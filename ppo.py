@@ -6,8 +6,8 @@ Differs from the textbook: the ratio belongs to the answer, not to a token; the 
 it is weighted with λ (`cot_lambda`, not to be mixed up with `gae_lambda`). Differs from the
 published code: truncation bootstraps, each value belongs to its own observation and prompt, answers
 are scored under the prompt that they were sampled under. Ours: V's loss sends no gradient into the
-model (policy.ValueHead).
-Does not handle: playing (rollout.py), scoring tokens (policy.py), recurrent policies.
+model (policy.ValueHead). Does not handle: playing (rollout.py), scoring tokens (policy.py),
+recurrent policies.
 """
 
 import torch

@@ -9,7 +9,7 @@ Prints a table; the last line is one JSON object with every figure (also to --ou
 do not depend on the weights' values, so `llava-7b-random` needs no download (shapes.py). Some
 figures' meanings: mfu is the share of a plain matrix product's rate that learning reaches;
 decode_tokens_per_s is of the steps that follow a prompt alone, play_tokens_per_s of all that comes
-before learning; plain_… is decoding without a recorded step, which shows its kernels. Does not
+before learning; plain_… is decoding without a captured step, whose kernels can be counted. Does not
 handle: whether anything is learned (eval.py).
 """
 
@@ -124,7 +124,7 @@ def decoding(policy, prompts, tokens=ANSWER_TOKENS):
     own, found = policy.end_tokens, []
     write = functools.partial(
         policy.generate, prompts, torch.Generator(policy.device).manual_seed(0), tokens)
-    write()                                 # what is recorded is recorded here
+    write()                                 # a step is captured here, where it can be
     for ends in ({*range(len(policy.suppress_tokens))}, set()):
         policy.end_tokens = ends
         with Kernels() as counted:

@@ -5,7 +5,7 @@
 #       plays an eighth of an update and learns from it once, to warm up and again to be measured.
 #       The table extrapolates to an update of 512 steps and 4 epochs; it is a little too long, for
 #       what comes once a rollout comes once an eighth here. Decoding is measured with its step
-#       recorded and not recorded. The logs hold the ten kernels that take longest.
+#       captured, and beside it plainly. The logs hold the ten kernels that take longest.
 #   bash lab/gpu.sh check   at most 4 minutes: side by side the tests with CUDA in sight, the
 #       rehearsal at full depth, a run of the pocket model on Blackjack.
 # Each job is a process of its own, so that a failure leaves the others. Results and logs lie in

@@ -4,12 +4,13 @@ paper.
     stored_bytes("llava-hf/llava-v1.6-mistral-7b-hf")   # of a folder or a hub name
     size = prompt_size(config, processor, "blackjack")  # tokens of a prompt, patches of its picture
     plan = memory_plan(config, settings, size)          # {use: bytes}, built on no device
+    settings, plan = first_that_fits(config, settings, size, 24 * 2**30)    # on a GPU of 24 GiB
     peak(plan)                                          # bytes
 
 The plan counts what is known before a GPU is touched: what stays exactly, what comes and goes by
 running the language model on torch's meta device and adding up what autograd keeps. Not counted:
-CUDA's own context (about half a GiB), fragments, small temporaries. On one H200 two plans were 0.4
-and 1.6 GiB above torch's peak (lab/README.md).
+CUDA's own context (about half a GiB), fragments, small temporaries. On one H200 two plans of an
+earlier version were 0.4 and 1.6 GiB above torch's peak (lab/README.md).
 """
 
 import itertools
@@ -33,7 +34,7 @@ from parse import make_prompt
 from plumbing.errors import ModelError, as_model_error
 
 ANSWER_TOKENS = 100     # what an answer is taken to be long; the experts' are 34 to 63 of Mistral's
-MARGIN = 1.15           # so many times the plan should fit, for all that is not counted
+MARGIN = 1.15           # so many times the plan must fit, for all that is not counted
 # the settings that are chosen by a GPU's memory
 CHOSEN = ("micro_batch_size", "play_batch_size", "bits", "gradient_checkpointing")
 COUNTED = {}            # what count has found, a second each: plans for several bits need the same

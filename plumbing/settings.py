@@ -131,8 +131,8 @@ class Settings(ModelSettings):
     update_epochs: int = setting(4, "passes over a rollout", paper=4)
     minibatch_size: int = setting(128, "answers per optimiser step", paper=128)
     micro_batch_size: int = setting(
-        4, "answers per forward pass (sums round otherwise); a GPU takes 4096 tokens', or what it "
-        "has room for", pocket=64)
+        4, "answers per forward pass (sums round otherwise); a GPU takes as many as make 4096 "
+        "tokens, or what it has room for", pocket=64)
     compile: bool = setting(
         False, "torch.compile for learning, which rounds otherwise; a GPU's gain is not measured")
     target_kl: float = setting(

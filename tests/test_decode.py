@@ -1,4 +1,4 @@
-"""decode.py: both caches draw the same tokens, a step can be recorded, and what is kept for playing is no older than it."""
+"""decode.py: both caches draw the same tokens, a step can be captured, and what is kept for playing is no older than it."""
 
 import contextlib
 import copy
@@ -67,7 +67,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_a_step_waits_for_nothing_and_stays_where_it_is(tiny_families, kind, monkeypatch):
-    """So it can be recorded: no number of it is looked at, and its tensors keep their addresses."""
+    """So it can be captured: no number of it is looked at, and its tensors keep their addresses."""
     agent = family_agent(tiny_families[kind])
     prompts, _, _ = mixed_prompts(agent)
     agent.decoding = "fixed"
@@ -108,7 +108,7 @@ def test_a_decoding_step_at_true_depth_has_1800_kernels_at_most():
     assert fixed <= 1800 < growing <= 1900
 
 
-def test_a_gpu_that_records_nothing_goes_on_and_says_so_once(agent, monkeypatch):
+def test_a_gpu_that_captures_nothing_goes_on_and_says_so_once(agent, monkeypatch):
     prompts, _ = samples_of(agent, 1, ("blackjack", "points24"), tokens=2)
     expected = agent.generate(prompts, torch.Generator().manual_seed(0), 12)
 
@@ -117,7 +117,7 @@ def test_a_gpu_that_records_nothing_goes_on_and_says_so_once(agent, monkeypatch)
 
     monkeypatch.setattr(decode.FixedCache, "_capture", fails)
     agent.decoding = "captured"
-    with pytest.warns(UserWarning, match="records no decoding step.*not permitted"):
+    with pytest.warns(UserWarning, match="no decoding step could be captured.*not permitted"):
         assert agent.generate(prompts, torch.Generator().manual_seed(0), 12) == expected
     agent.logprobs(prompts, expected)
     with warnings.catch_warnings():
@@ -126,8 +126,8 @@ def test_a_gpu_that_records_nothing_goes_on_and_says_so_once(agent, monkeypatch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
-def test_a_recorded_step_draws_the_same_tokens(shipped):
-    """On a GPU, in the pocket model's own type; a second call plays the same recording."""
+def test_a_captured_step_draws_the_same_tokens(shipped):
+    """On a GPU, in the pocket model's own type; a second call replays the same graph."""
     agent = Policy(copy.deepcopy(shipped[0]).cuda(), shipped[1], rank=8, seed=3)
     with torch.no_grad():
         for layer in agent.lora.values():
@@ -142,8 +142,8 @@ def test_a_recorded_step_draws_the_same_tokens(shipped):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
-def test_a_step_that_cannot_be_recorded_is_taken_plainly(shipped, monkeypatch):
-    """On a GPU: a step that looks at a number breaks the recording; the answers are those without one."""
+def test_a_step_that_cannot_be_captured_is_taken_plainly(shipped, monkeypatch):
+    """On a GPU: a step that looks at a number breaks the capture; the answers are those without one."""
     agent = Policy(copy.deepcopy(shipped[0]).cuda(), shipped[1], rank=8, seed=3)
     prompts, _, _ = mixed_prompts(agent)
     agent.decoding = "growing"
@@ -151,7 +151,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_plainly(shipped, monkeypatch):
     plain = decode.FixedCache._step
     monkeypatch.setattr(decode.FixedCache, "_step", lambda cache: (cache.slot.item(), plain(cache)))
     agent.decoding = "captured"
-    with pytest.warns(UserWarning, match="records no decoding step"):
+    with pytest.warns(UserWarning, match="no decoding step could be captured"):
         assert agent.generate(prompts, torch.Generator("cuda").manual_seed(0), 12) == expected
     assert agent.decoding == "fixed" and torch.cuda.current_stream() == torch.cuda.default_stream()
 
@@ -184,8 +184,8 @@ def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
     assert layer.playing is None and agents[0].fp32_head is None
 
 
-class Recording:
-    """Stands in for a CUDA graph on a CPU: what is recorded is the step, and playing it is to do it again."""
+class Graph:
+    """Stands in for a CUDA graph on a CPU: what is captured is the step, and to replay it is to do it again."""
 
     def __init__(self):
         self.played = 0
@@ -195,8 +195,8 @@ class Recording:
         self.step()
 
 
-def test_the_steps_before_a_recording_leave_no_trace(agent, monkeypatch):
-    """With stand-ins for CUDA's streams and graphs: the same tokens, one recording for many calls, another for other
+def test_the_steps_before_a_capture_leave_no_trace(agent, monkeypatch):
+    """With stand-ins for CUDA's streams and graphs: the same tokens, one graph for many calls, another for other
     sizes, none kept when scoring has the memory."""
     prompts, _ = samples_of(agent, 2, tokens=2)
     shake(agent)
@@ -205,22 +205,22 @@ def test_the_steps_before_a_recording_leave_no_trace(agent, monkeypatch):
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Recording()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Graph()) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
     steps = []
     plain = decode.FixedCache._step
     monkeypatch.setattr(decode.FixedCache, "_step", lambda cache: (
         steps.append(1), [setattr(graph, "step", lambda: plain(cache)) for graph in made[-1:]], plain(cache)))
     expected = [agent.generate(prompts[k:], torch.Generator().manual_seed(k), 20) for k in (0, 0, 3)]
-    agent.decoding = "fixed"                                                # a cache without a recording
+    agent.decoding = "fixed"                                                # a cache without a graph
     agent.generate(prompts, torch.Generator().manual_seed(0), 20)
     steps.clear()
     agent.decoding = "captured"
     first, second = (agent.generate(prompts, torch.Generator().manual_seed(0), 20) for _ in range(2))
-    assert len(made) == 1 and made[0].played > 10 and len(steps) == 4       # three to warm up, one that is recorded
+    assert len(made) == 1 and made[0].played > 10 and len(steps) == 4       # three to warm up, one that is captured
     third = agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20)
     assert len(made) == 2 and [first, second, third] == expected
-    agent.temperature = 0.4                                                 # is no part of what is recorded
+    agent.temperature = 0.4                                                 # is no part of what is captured
     cooler = agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20)
     agent.decoding = "growing"
     assert len(made) == 2 and cooler == agent.generate(prompts[3:], torch.Generator().manual_seed(3), 20) != third

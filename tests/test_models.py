@@ -597,6 +597,16 @@ def test_a_tower_attends_within_its_blocks_in_one_call_a_layer(tiny_families, ki
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_a_picture_in_blocks_does_not_depend_on_its_place():
+    """In bf16, bit for bit: first or second of a row, beside another picture."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(3, 1, 4, 324, 32, generator=generator).bfloat16() for _ in range(2))
+    ends = torch.tensor([0, 324, 648], dtype=torch.int32)
+    first, second = (families.attend_in_blocks(None, *torch.cat(pair, 3), None, ends, 324, 32 ** -0.5)[0]
+                     for pair in ((one, other), (other, one)))
+    assert torch.equal(first[:, :324], second[:, 324:]) and not torch.equal(first[:, :324], first[:, 324:])
+
+
 def test_the_end_is_a_set(tiny_families):
     agent = family_agent(tiny_families["gemma3"])
     assert {agent.tokenizer.convert_tokens_to_ids(word) for word in ("<end>", "<turn>")} == agent.end_tokens
