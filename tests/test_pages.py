@@ -199,6 +199,17 @@ def test_the_readmes_tables_are_made_of_the_result_files(make):
     assert stands_on(make.markdown(["tried", "times", "held"], survived)) == ["lab/README.md"]
 
 
+def test_the_quick_start_prints_what_its_result_file_says():
+    found = json.loads(read("results/bench/quick-start.json"))
+    for name, key in (("start", "eval_start"), ("end", "eval")):
+        result = found[key]
+        success, low, high, parsed, seen = (100 * result[part] for part in (
+            "success", "success_low", "success_high", "parse_rate", "reading_rate"))
+        line = (f"{name}: success {success:.1f} % ({low:.1f} to {high:.1f}), return {result['return_mean']:.3f}, "
+                f"answers parsed {parsed:.1f} %, pictures read {seen:.1f} %")
+        assert line in read("README.md").splitlines()
+
+
 def test_the_table_of_gpus_is_made_of_the_plans_of_memory():
     shapes = importlib.import_module("lab.shapes")
     assert stands_on(shapes.table()) == ["lab/README.md"]
