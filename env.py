@@ -17,11 +17,12 @@ paper (arXiv 2405.10292). Does not handle: drawing (games/draw.py), the arithmet
 
 import gymnasium
 
-from games import draw
+from games import draw, outside
 from games.alfworld.game import ALFWorld
 from games.draw import RANKS, SUITS
+from games.expert import BlackjackExpert, FormulaExpert, NumberLineExpert
 from games.formula import is_right, solutions
-from games.game import Game
+from games.game import Game, GameError
 
 
 def _are_cards(cards):
@@ -29,7 +30,7 @@ def _are_cards(cards):
     return isinstance(cards, list) and all(type(card) is int and 0 <= card < 52 for card in cards)
 
 
-class NumberLine(Game):
+class NumberLine(NumberLineExpert, Game):
     """Move the current number to the target, one step at a time, in 0..max_position.
 
     Reward: +1 on reaching the target (ends), −1 for a step that brings it no closer (a bump at the
@@ -39,6 +40,7 @@ class NumberLine(Game):
     description = "Move the current number to the target number."     # opens the prompt
     actions = ("-", "+")                # what an answer may name, and what step() counts through
     fields = ("target", "current")      # the state, which get_state and set_state carry
+    pocket = "pocket"                   # checkpoints/pocket reads its pictures
 
     def __init__(self, max_position=5, render_mode=None):
         if not 1 <= max_position <= 99:
@@ -48,14 +50,14 @@ class NumberLine(Game):
         self.max_position, self.max_steps = max_position, 2 * max_position
         super().__init__(render_mode)
 
-    def _is_possible(self):
+    def is_possible(self):
         # asked by set_state: a file may hold anything
         for number in (self.target, self.current):
             if type(number) is not int or not 0 <= number <= self.max_position:
                 return False
         return self.over or self.current != self.target     # on the target the game is over
 
-    def _deal(self):
+    def deal(self):
         # Uniform over the n (n + 1) ordered pairs of different numbers: one draw, no re-rolling.
         pair = int(self.np_random.integers(self.max_position * (self.max_position + 1)))
         self.target, self.current = divmod(pair, self.max_position)
@@ -63,7 +65,7 @@ class NumberLine(Game):
         if self.current >= self.target:
             self.current += 1
 
-    def _play(self, action):
+    def play(self, action):
         before = abs(self.target - self.current)
         step = 1 if action == "+" else -1
         # an edge holds the number: no step closer, so a bump costs 1 as well
@@ -72,10 +74,10 @@ class NumberLine(Game):
         reward = 1 if after == 0 else -1 if after >= before else 0
         return reward, after == 0
 
-    def _info(self):
+    def info(self):
         return {"target": self.target, "current": self.current}
 
-    def _draw(self):
+    def draw(self):
         # two lines of text, the numbers to be read
         canvas = draw.table()
         draw.put(canvas, draw.word(f"Target: {self.target}", 44), 34, 30)
@@ -93,16 +95,16 @@ class NumberLine(Game):
         return canvas
 
 
-class _FormulaGame(Game):
+class _FormulaGame(FormulaExpert, Game):
     """EZPoints and Points24: lay numbers and operators one by one until "=" is played.
 
     Reward: +10 for "=" on a formula that is right and uses every card once; −1 for "=" on any other
     (both end); −1 for a number that is on no unused card (the formula stays as it is); else 0.
     """
 
-    operators = ""              # what the solver may use
     brackets = ()
     fields = ("cards", "formula")
+    pocket = "pocket"
     count = 0                   # cards dealt, with replacement: two may be the same
     # a win of 10 counts as 1 in GAE, as in the other games (rollout.add_advantages)
     preferred_settings = {"reward_scale": 0.1}
@@ -127,7 +129,7 @@ class _FormulaGame(Game):
         # in the prompt, so that it changes at every step
         return f'The formula so far: "{"".join(info["formula"])}".'
 
-    def _is_possible(self):
+    def is_possible(self):
         if not _are_cards(self.cards) or len(self.cards) != self.count:
             return False
         if not isinstance(self.formula, list) or len(self.formula) > self.steps:
@@ -149,7 +151,7 @@ class _FormulaGame(Game):
     def _used(self):
         return [token for token in self.formula if token.isdecimal()]
 
-    def _deal(self):
+    def deal(self):
         self.formula = []
         # two cards make 12 in one deal of nine: EZPoints deals until one does
         for _ in range(10_000):
@@ -167,7 +169,7 @@ class _FormulaGame(Game):
         found = solutions(numbers, self.target, self.operators)
         return found[0] if found else ()
 
-    def _play(self, action):
+    def play(self, action):
         numbers = self._numbers()       # as texts, like the actions
         if action == "=":               # the only end but time, right or wrong
             return (10 if is_right(self.formula, numbers, self.target) else -1), True
@@ -176,7 +178,7 @@ class _FormulaGame(Game):
         self.formula.append(action)
         return 0, False
 
-    def _info(self):
+    def info(self):
         return {
             "cards": [RANKS[c // 4] for c in self.cards],
             "numbers": [self._number(c) for c in self.cards],
@@ -184,7 +186,7 @@ class _FormulaGame(Game):
             "target": self.target,
         }
 
-    def _draw(self):
+    def draw(self):
         canvas = draw.table()
         for i, c in enumerate(self.cards):
             # a row of two is centred in height, four make a square
@@ -206,6 +208,7 @@ class EZPoints(_FormulaGame):
 class Points24(_FormulaGame):
     """Four cards, 73.09 % of the deals solvable; + - * / ( ) are to make 24 within 20 steps."""
 
+    lesson_options = {"solvable_only": True}        # as in the paper's data
     # the longest solution without needless brackets has 11 symbols and "="
     operators, brackets, count, max_steps = "+-*/", ("(", ")"), 4, 20
 
@@ -213,7 +216,7 @@ class Points24(_FormulaGame):
         super().__init__(target, face_cards_as_10, solvable_only, render_mode)
 
 
-class Blackjack(Game):
+class Blackjack(BlackjackExpert, Game):
     """Gymnasium's Blackjack-v1 (Sutton and Barto, example 5.1), without its extra for naturals.
 
     Infinite deck, the dealer stands on 17. Reward +1 win, 0 draw, −1 loss, at the end.
@@ -223,8 +226,9 @@ class Blackjack(Game):
         "You play blackjack against the dealer. The dealer's cards are above, yours below.")
     actions = ("stand", "hit")
     fields = ("player", "dealer")       # two hands of cards 0..51
+    pocket = "pocket"
 
-    def _is_possible(self):
+    def is_possible(self):
         if not all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer)):
             return False
         if not self.over and (self.total(self.player)[0] > 21 or len(self.dealer) > 2):
@@ -237,7 +241,7 @@ class Blackjack(Game):
     def _card(self):
         return int(self.np_random.integers(52))         # an infinite deck: no card is missing
 
-    def _deal(self):
+    def deal(self):
         self.dealer = [self._card(), self._card()]      # the second lies face down
         self.player = [self._card(), self._card()]
 
@@ -253,7 +257,7 @@ class Blackjack(Game):
         usable = 1 in ranks and hard + 10 <= 21
         return hard + 10 * usable, usable
 
-    def _play(self, action):
+    def play(self, action):
         if action == "hit":
             self.player.append(self._card())
             bust = self.total(self.player)[0] > 21      # the end, whatever the dealer holds
@@ -264,7 +268,7 @@ class Blackjack(Game):
         mine, theirs = self.total(self.player)[0], self.total(self.dealer)[0]
         return (1 if theirs > 21 or mine > theirs else -1 if mine < theirs else 0), True
 
-    def _info(self):
+    def info(self):
         # subtle: of the dealer's cards the first alone, or the thoughts could be told the second
         total, usable = self.total(self.player)
         return {
@@ -274,7 +278,7 @@ class Blackjack(Game):
             "usable_ace": usable,
         }
 
-    def _draw(self):
+    def draw(self):
         # the dealer above, the player below, each hand fanned so that every corner shows
         canvas = draw.table()
         dealer = [(RANKS[c // 4], SUITS[c % 4]) for c in self.dealer]
@@ -298,14 +302,46 @@ GAMES = {
 TASKS = {**GAMES, "alfworld": ALFWorld}
 
 
+def find_game(task: str) -> type[Game]:
+    """The class of a task: a name in TASKS, my_game.py:CLASS or gymnasium:ID.
+
+    GameError where there is none.
+    """
+    if task in TASKS or ":" in task:
+        return TASKS.get(task) or outside.find(task)
+    raise GameError(
+        f"there is no task {task!r}: choose {', '.join(TASKS)}, my_game.py:CLASS or gymnasium:ID")
+
+
 def make_game(task: str, **options) -> Game:
     """A game of a task, with its constructor's options."""
-    return TASKS[task](**options)
+    return find_game(task)(**options)
+
+
+def held_out_game(task: str, options: dict | None = None) -> Game:
+    """A game of those that training does not play: other seeds, ALFWorld's other houses too."""
+    return make_game(task, **find_game(task).held_out_options | (options or {}))
+
+
+def check_game(task: str, texts=(), needs=()) -> dict:
+    """Try a game before anything is loaded or played; return its constructor's options.
+
+    texts: these as "name=value"; needs: what a game from outside must have of best_actions,
+    reading, thoughts. GameError says what is wrong.
+    """
+    options = outside.read_options(find_game(task), texts)
+    if task not in TASKS:
+        outside.check(find_game(task), options, needs)
+        return options
+    try:
+        make_game(task, **options).reset(seed=0)
+    except ValueError as error:
+        raise GameError(str(error)) from error
+    return options
 
 
 # gymnasium.make knows them by these names; an import twice must not register twice
 for _name, _game in TASKS.items():
     _id = f"{'cards' if _name in GAMES else 'alfworld'}/{_game.__name__}-v0"
     if _id not in gymnasium.registry:
-        module = "env" if _name in GAMES else "games.alfworld.game"
-        gymnasium.register(_id, entry_point=f"{module}:{_game.__name__}")
+        gymnasium.register(_id, entry_point=_game)

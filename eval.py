@@ -26,13 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 import parallel
-from env import GAMES, TASKS, make_game
-from games.alfworld.houses import HouseError, data_files
+from env import GAMES, TASKS, check_game, find_game, held_out_game, make_game
 from games.statistics import Decision, decision_statistics, rate, wilson
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.checkpoint import write_whole
 from plumbing.errors import ModelError, as_model_error, in_words, printable, say
-from plumbing.settings import WORLD, Settings, add_flags, resolve
+from plumbing.settings import Settings, add_flags, resolve
 
 BASELINES = Path(__file__).parent / "results" / "baselines.json"
 HANDFUL = 8         # answers, none of them usable: rather a broken set-up than a weak model
@@ -49,34 +48,24 @@ class Slot:
     info: dict = None
 
 
-def available_episodes(episodes, world) -> int:
-    """As many as asked for, or as there are: ALFWorld's data set holds out some 140 houses."""
-    if (world or {}).get("houses") != "data":
-        return episodes
-    try:
-        return min(episodes, len(data_files("held out")))
-    except HouseError as error:
-        raise ModelError(str(error)) from error
-
-
 def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None,
-             world=None) -> dict:
+             game_options=None) -> dict:
     """Play episodes seed, seed + 1, … and return the summary as a dict of plain values.
 
     num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is
     None); watch(picture, choice, episode) is called at every step, and at an episode's last picture
-    with the choice None; world: env.make_game's further options. ALFWorld's houses are those held
-    out, and success is told by kind of task. The meanings: results/README.md, "Metrics".
+    with the choice None; game_options: of the game's constructor. Meanings: results/README.md.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, not {episodes}")
-    episodes = available_episodes(episodes, world)
+    game = held_out_game(task, game_options)        # whichever: it knows what is good play
+    episodes = min(episodes, game.held_out_episodes)
     returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     kinds = [None] * episodes
-    world = ({"split": "held out"} if task == "alfworld" else {}) | (world or {})
     decisions, waiting = [], iter(range(episodes))
     slots = [
-        Slot(make_game(task, **world), episode) for episode in itertools.islice(waiting, num_envs)]
+        Slot(held_out_game(task, game_options), episode)
+        for episode in itertools.islice(waiting, num_envs)]
     for slot in slots:
         slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
     while slots:
@@ -89,9 +78,9 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
             returns[slot.episode] += reward
             if not (terminated or truncated):
                 continue
-            success[slot.episode] = slot.info["is_success"]
+            success[slot.episode] = slot.info["is_success"]     # None, for nan, where none can tell
             goals[slot.episode] = terminated and reward > 0
-            kinds[slot.episode] = slot.info.get("kind")
+            kinds[slot.episode] = str(slot.info.get("kind", ""))
             if watch:
                 watch(slot.picture, None, slot.episode)
             slot.episode = next(waiting, None)      # the slot goes on with the next deal
@@ -100,19 +89,21 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
         slots = [slot for slot in slots if slot.episode is not None]
         if len(decisions) - len(choices) < HANDFUL <= len(decisions) and chance_plays(decisions):
             say_chance_plays(decisions)
-    low, high = wilson(success.sum(), episodes)
+    share = low = high = None
+    if not np.isnan(success).any():
+        share, (low, high) = success.mean().item(), map(float, wilson(success.sum(), episodes))
     result = {
         "task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
-        "success": success.mean().item(), "success_low": float(low), "success_high": float(high),
+        "success": share, "success_low": low, "success_high": high,
         "return_mean": returns.mean().item(), "goal_rate": goals.mean().item(),
     }
-    if any(kinds):
+    if any(kinds) and share is not None:
         result["success_by_kind"] = {
             kind: rate(won for won, own in zip(success, kinds) if own == kind)
-            for kind in sorted(set(kinds))}
+            for kind in sorted({*kinds} - {""})}
     if chance_plays(decisions):     # its games look like a weak model's
         result["played_by"] = "chance: no answer was usable"
-    return result | decision_statistics(task, decisions, cot)
+    return result | decision_statistics(game, decisions, cot)
 
 
 def chance_plays(decisions):
@@ -135,7 +126,7 @@ def held_out(policy, settings, update, path, board=None):
     """
     if parallel.rank() or not settings.eval_episodes:
         return None
-    episodes = available_episodes(settings.eval_episodes, settings.world)
+    episodes = settings.eval_episodes
     there = f"{path} (delete it, and its games are played again)"
     with as_model_error(there):
         result = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
@@ -146,27 +137,27 @@ def held_out(policy, settings, update, path, board=None):
             if not (name := path.with_name(f"{path.stem}-{number}.json")).exists())
         path.rename(kept)
         say(f"{path} was not written by train.py: it is {kept} now")
-    played = result.get("update"), result.get("episodes"), result.get("seed")
-    if played != (update, episodes, settings.eval_seed):
+    if (result.get("update"), result.get("seed")) != (update, settings.eval_seed):
         say(f"playing {episodes} held-out games (--eval-episodes) …")
         player = model_player(policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
                               batch_size=settings.play_batch_size)
         with tqdm(total=episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
             watch = lambda picture, choice, episode: bar.update(choice is None)
-            if board:
-                watch = board.filming(path, watch)
             result = evaluate(player, settings.task, episodes, settings.eval_seed,
-                              settings.num_envs, settings.cot, watch, settings.world)
+                              settings.num_envs, settings.cot, watch, settings.game_options)
         result["update"] = update
         write_whole(path, json.dumps(result) + "\n")
     if board:
         board.catch_up()
     with as_model_error(there):
-        success, low, high, parsed = (
-            100 * result[key] for key in ("success", "success_low", "success_high", "parse_rate"))
-        read = f", pictures read {100 * result['reading_rate']:.1f} %" if settings.cot else ""
-        say(f"{'end' if update else 'start'}: success {success:.1f} % ({low:.1f} to {high:.1f}), "
-            f"return {result['return_mean']:.3f}, answers parsed {parsed:.1f} %{read}")
+        told = [f"return {result['return_mean']:.3f}",
+                f"answers parsed {100 * result['parse_rate']:.1f} %"]
+        if result["success"] is not None:
+            told.insert(0, f"success {100 * result['success']:.1f} % ("
+                        f"{100 * result['success_low']:.1f} to {100 * result['success_high']:.1f})")
+        if result["reading_rate"] is not None:
+            told.append(f"pictures read {100 * result['reading_rate']:.1f} %")
+        say(f"{'end' if update else 'start'}: {', '.join(told)}")
     return result
 
 
@@ -175,8 +166,9 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", required=True, choices=(*TASKS, "all"),
-        help="all: one after the other, ALFWorld where its engine is installed")
+    add("--task", required=True,
+        help=f"{', '.join(TASKS)}, my_game.py:CLASS, gymnasium:ID, or all: the first ones, one "
+        "after the other, ALFWorld where its engine is installed")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", help="a run folder of train.py: its last checkpoint, its settings")
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
@@ -185,8 +177,8 @@ def make_parser():
     add("--episodes", type=int, default=1000)
     add("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
     add("--greedy", action="store_true", help="the likeliest token instead of a draw")
-    add("--render", metavar="FILE", help="also show the first episode: .html with each token's "
-        "probability, V and advantages, .gif or .png")
+    add("--render", metavar="FILE.html", help="also show the first episode as a page, with each "
+        "token's probability, V and advantages")
     add("--beside", metavar="RUN",
         help="a second run, model or policy, beside the first in the .html")
     add("--out", metavar="FILE.json", help="also write the JSON object to a file")
@@ -217,10 +209,10 @@ def find_policy(options, given, task):
         return policy, settings.model, replace(settings, **given)
     policy, settings = open_run(options.run, given.get("device"))
     policy.temperature = given.get("temperature", policy.temperature)
-    if settings.task != task:
+    if find_game(settings.task) is not find_game(task):
         say(f"note: {options.run} was trained on {settings.task}")
         own = resolve(Settings, {"task": task})     # ALFWorld's games are larger
-        settings = replace(settings, task=task, num_envs=own.num_envs)
+        settings = replace(settings, task=task, game=(), num_envs=own.num_envs)
     return policy, options.run, replace(settings, **given)
 
 
@@ -263,22 +255,25 @@ def check_options(options, given):
          "--endpoint needs --model NAME, the model's name there, and takes no --bits"),
         (options.out and options.out == options.render, "--out and --render must be two files"),
         (options.transcripts and not options.endpoint, "--transcripts is for --endpoint"),
-        (options.task == "all" and (render or ":" in policy or policy == "heuristic"),
-         "--task all takes no --render, and of --policy random and expert: the games' actions "
+        (options.task == "all" and (
+            render or "game" in given or policy not in ("", "random", "expert")),
+         "--task all takes no --render or --game, and of --policy random and expert: the games "
          "differ"),
-        (render and not render.endswith((".html", ".gif", ".png")),
-         f"--render writes a page, a GIF or a PNG: call it {Path(render).stem}.html"),
-        (options.beside and not render.endswith(".html"), "--beside is for --render FILE.html"),
+        (render and not render.endswith(".html"),
+         f"--render writes a page: call it {Path(render).stem}.html"),
+        (options.beside and not render, "--beside is for --render FILE.html"),
     ]
     for is_wrong, message in wrong:
         if is_wrong:
             raise ModelError(message)
     # ValueError and ModelError of their own
-    task = "alfworld" if options.task == "all" else options.task
-    own = {name: given[name] for name in (*WORLD, "temperature") if name in given}
-    resolve(Settings, {"task": task, **own})
+    task = next(iter(TASKS)) if options.task == "all" else options.task
+    own = {name: given[name] for name in ("game", "temperature") if name in given}
+    settings = resolve(Settings, {"task": task, **own})
+    if not options.run:     # a run has options of its own, and was tried when it began
+        check_game(task, settings.game, ("best_actions",) if policy == "expert" else ())
     if policy:
-        scripted_player(policy, options.task, options.seed)
+        scripted_player(policy, task, options.seed)
 
 
 def check_files(files):
@@ -316,15 +311,12 @@ def play(options, given):
     """Play one task, print what came of it; return (the result, what drew its first episode)."""
     policy, name, settings = find_policy(options, given, options.task)
     recorder = None
-    if (options.render or "").endswith(".html"):
+    if options.render:
         from extras.viewer import Page, asked_beside
         sides = [(policy, name, settings)]
         if options.beside:
             sides.append(find_policy(*asked_beside(options, given, settings), options.task))
         recorder = Page(options.task, options.seed, options.greedy, sides)
-    elif options.render:
-        from extras.film import Film
-        recorder = Film()
     result = play_task(options, policy, name, settings, given, recorder)
     for key, value in result.items():
         if value is not None:
@@ -350,7 +342,7 @@ def play_task(options, policy, name, settings, given, watch=None):
     # an endpoint's folder has a lock, and its calls threads
     with player if options.endpoint else contextlib.nullcontext():
         result = evaluate(player, settings.task, options.episodes, options.seed, settings.num_envs,
-                          settings.cot, watch, settings.world)
+                          settings.cot, watch, settings.game_options)
     temperature = {"temperature": policy.temperature} if policy and not options.greedy else {}
     calls = player.counts() if options.endpoint else {}
     return {"policy": name, **temperature, **result, **calls}
@@ -358,8 +350,8 @@ def play_task(options, policy, name, settings, given, watch=None):
 
 def baselines(settings):
     """What players without a model win of the default games: "random 28.1 %, expert 43.6 %"."""
-    if any(getattr(settings, name) != getattr(Settings, name) for name in WORLD):
-        return ""                       # other houses
+    if settings.game:                   # other deals
+        return ""
     found = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
     names = ("random", "constant", "heuristic", "below-14", "expert")
     shares = {name: found.get(f"{settings.task}-{name}") for name in names}
@@ -369,18 +361,17 @@ def baselines(settings):
 
 def play_all(options, given):
     """Play every task, print a table; return ({"policy", "average" of the four, "tasks"}, None)."""
-    tasks, results, who = [*TASKS], {}, options.run or options.policy or options.model
-    try:
-        make_game("alfworld")           # now, not after hours of play
-    except ImportError as error:
-        print(f"note: without ALFWorld: {error}")
-        tasks = [*GAMES]
+    tasks, results, who = [], {}, options.run or options.policy or options.model
+    for task in TASKS:
+        try:
+            make_game(task)             # now, not after hours of play
+            tasks.append(task)
+        except ImportError as error:    # ALFWorld's engine is an optional package
+            print(f"note: without {task}: {error}")
     for task in tasks:
-        if task in (tasks[0], "alfworld"):      # whose pocket model is another
-            policy = None                       # free the old model before the next is loaded
-            world = () if task == "alfworld" else WORLD
-            own = {name: given[name] for name in given if name not in world}
-            policy, name, settings = find_policy(options, own, task)
+        if task == tasks[0] or TASKS[task].pocket != TASKS[tasks[0]].pocket:
+            policy = None               # free the old model before the next is loaded
+            policy, name, settings = find_policy(options, given, task)
         settings = replace(settings, task=task)
         results[task] = result = play_task(options, policy, name, settings, given)
         if options.out:                 # what is played stays, whatever comes of the next

@@ -13,19 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from games.alfworld.expert import next_step
-from games.expert import expert_action
+from env import find_game
 from plumbing.adapters import load_value_head
 from plumbing.checkpoint import newest_checkpoint
 from plumbing.errors import ModelError
 from plumbing.loading import find_model, load_policy
 from plumbing.manifest import check
-from plumbing.settings import WORLD, Settings, resolve, stored_settings
+from plumbing.settings import Settings, resolve, stored_settings
 from rollout import Choice, act
 
 # The settings that an evaluation goes by.
 PLAY_SETTINGS = (
-    "num_envs", "play_batch_size", "max_new_tokens", "bits", "device", "cot", "temperature", *WORLD)
+    "num_envs", "play_batch_size", "max_new_tokens", "bits", "device", "cot", "temperature", "game")
 
 
 # ---- with a model ------------------------------------------------------------------------------
@@ -72,7 +71,7 @@ def open_run(run, device="auto"):
                          "program that made it")
     policy, _ = open_policy(
         str(last), settings.task, base=settings.model, bits=settings.bits,
-        temperature=settings.temperature, device=device, **settings.world)
+        temperature=settings.temperature, device=device, game=settings.game)
     load_value_head(policy.value_head, last)
     return policy, settings
 
@@ -81,23 +80,22 @@ def open_run(run, device="auto"):
 def scripted_player(name, task, seed):
     """A player without a model, whose texts are None.
 
-    "random", "expert", "always:ACTION"; at Blackjack "below:N", which hits below a total of N; on
-    ALFWorld "heuristic", which remembers nothing. seed: of random play. ValueError for another
-    name; the player itself raises ModelError where ACTION is not legal.
+    "random", "expert", "always:ACTION", and the game's own (Game.scripts): at Blackjack "below:N",
+    which hits below a total of N, on ALFWorld "heuristic", which remembers nothing. seed: of random
+    play. ValueError for another name; the player itself raises ModelError where ACTION is not
+    legal.
     """
-    kind, _, argument = name.partition(":")
-    generator = np.random.default_rng(seed)
+    kind, colon, argument = name.partition(":")
+    generator, scripts = np.random.default_rng(seed), find_game(task).scripts
     players = {
-        "random": lambda legal, info: legal[int(generator.integers(len(legal)))],
-        "expert": lambda legal, info: expert_action(task, info),
+        "random": lambda game, legal, info: legal[int(generator.integers(len(legal)))],
+        "expert": lambda game, legal, info: game.best_actions(info)[0],
+        "always:": lambda game, legal, info: argument,
     }
-    if argument:
-        players["always"] = lambda legal, info: argument
-    if task == "alfworld":
-        players["heuristic"] = lambda legal, info: next_step(info, memory=False)[1]
-    if task == "blackjack" and argument.isdecimal():
-        players["below"] = lambda legal, info: "hit" if info["total"] < int(argument) else "stand"
-    if kind not in players or (":" in name) != (kind in ("always", "below")):
+    if kind + colon in scripts:
+        script = scripts[kind + colon](argument)
+        players[kind + colon] = lambda game, legal, info: script(info)
+    if kind + colon not in players or colon and not argument:
         raise ValueError(
             f"no policy {name!r}: use random, expert or always:ACTION, at Blackjack also below:14, "
             "on ALFWorld heuristic")
@@ -106,7 +104,7 @@ def scripted_player(name, task, seed):
         choices = []
         for game, info in zip(games, infos):
             legal = game.legal_actions()
-            action = players[kind](legal, info)
+            action = players[kind + colon](game, legal, info)
             if action not in legal:
                 raise ModelError(f"{action!r} is no legal action of {task}: {', '.join(legal)}")
             choices.append(Choice(action, legal.index(action)))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import parallel
-from games.expert import reads_right
+from games.statistics import reads_right
 from parse import choose, json_closed, make_prompt
 from ppo import answer_logprob, explained_variance, gae
 
@@ -191,10 +191,10 @@ def _in_batches(function, prompts, size):
 
 
 # ---- what a rollout shows ----------------------------------------------------------------------
-def play_metrics(rollout: Rollout, settings) -> dict:
+def play_metrics(rollout: Rollout, settings, game) -> dict:
     """What the rollout shows of the policy, as plain values, over all processes.
 
-    Their meanings: results/README.md, "Metrics".
+    game: one of those that were played. Their meanings: results/README.md, "Metrics".
     """
     def gather(numbers):
         return parallel.concat(torch.tensor(numbers, dtype=torch.float64)).numpy()
@@ -206,13 +206,13 @@ def play_metrics(rollout: Rollout, settings) -> dict:
     returns, successes = zip(*rollout.episodes) if rollout.episodes else ((), ())
     read = []
     if settings.cot:
-        read = [
-            reads_right(settings.task, choice.text, info)
-            for choice, info in zip(rollout.choices, rollout.infos)]
+        read = reads_right(
+            game, [(choice.text, info) for choice, info in zip(rollout.choices, rollout.infos)])
     parts = parallel.concat(rollout.part_logp[None]).sum(0) / settings.batch_size
     return {
         "episodes": len(gather(returns)),
-        "success": mean(successes),
+        # None where the game cannot tell
+        "success": mean([success for success in successes if success is not None]),
         "return_mean": mean(returns),
         "parse_rate": mean([choice.named for choice in rollout.choices]),
         "reading_rate": mean(read),

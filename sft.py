@@ -25,9 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from env import make_game
+from env import check_game, find_game, make_game
 from families import save_processor
-from games.expert import expert_action, thoughts
 from parse import make_answer, make_prompt
 from plumbing.adapters import save_adapters
 from plumbing.card import write_card
@@ -94,28 +93,27 @@ class Demonstration:
 
 
 def demonstrations(task: str, seed: int, label_noise=0.0, cot=True,
-                   world=None) -> Iterator[Demonstration]:
+                   game_options=None) -> Iterator[Demonstration]:
     """Yield Demonstrations of a task for ever, from the expert's play.
 
     label_noise: share of labels that are uniform over the legal actions; the thoughts end in the
-    label, right or not. world: env.make_game's further options.
+    label, right or not. game_options: of the game's constructor.
     """
-    generator = np.random.default_rng([seed, len(task)])    # another stream than the game's own
-    # Points24's deals are always solvable, as in the paper's data
-    options = {"solvable_only": True} if task == "points24" else world or {}
-    game = make_game(task, **options)
+    game = make_game(task, **find_game(task).lesson_options | (game_options or {}))
+    # another stream than the game's own
+    generator = np.random.default_rng([seed, len(type(game).__name__)])
     picture, info = game.reset(seed=seed)
     # Half of the games go on with the expert's action and half with the label's, so that both the
     # good path and what comes after a mistake are seen.
     follow_label = generator.random() < 0.5
     while True:
         legal = game.legal_actions()
-        best = label = expert_action(task, info)
+        best = label = game.best_actions(info)[0]
         if generator.random() < label_noise:
             label = legal[generator.integers(len(legal))]
         # three states in ten, so that fewer neighbours in a batch come from the same deal
         if generator.random() < 0.3:
-            said = thoughts(task, info, label) if cot else None
+            said = game.thoughts(info, label) if cot else None
             yield Demonstration(picture, make_prompt(game, info, cot), make_answer(label, said))
         played = label if follow_label else best
         picture, _, terminated, truncated, info = game.step(legal.index(played))
@@ -253,6 +251,8 @@ def _run_sft(settings, folder):
         clean_up(folder)
         say(f"{folder} is finished")
         return
+    check_game(
+        settings.task, settings.game, ("best_actions", *("thoughts",) * settings.cot))
     model = find_model(settings.model, settings.task, device=settings.device)
     say(f"{settings.steps} batches of {settings.batch_size} demonstrations")
     if settings.full and model.adapters:
@@ -262,7 +262,7 @@ def _run_sft(settings, folder):
         seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing)
     write_whole(folder / settings.file, json.dumps(asdict(settings), indent=1) + "\n")
     source = demonstrations(
-        settings.task, settings.seed, settings.label_noise, settings.cot, settings.world)
+        settings.task, settings.seed, settings.label_noise, settings.cot, settings.game_options)
     batches = mixed([source], settings.batch_size, np.random.default_rng(settings.seed))
     finetune(policy, batches, settings.steps, settings.lr,
              micro_batch_size=settings.micro_batch_size, title=f"sft {settings.task}",

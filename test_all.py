@@ -359,8 +359,8 @@ def test_prompt_and_demonstration_keep_the_contract(task):
         assert game.description in prompt and game.state_text(info) in prompt and '"thoughts"' not in short
         assert all(action in prompt.split("Actions:")[1].split("\n")[0].split() for action in game.legal_actions())
         for action in game.legal_actions():
-            text = parse.make_answer(action, expert.thoughts(task, info, action))
-            assert json.loads(text)["action"] == action and expert.reads_right(task, text, info)
+            text = parse.make_answer(action, GAMES[task]().thoughts(info, action))
+            assert json.loads(text)["action"] == action and GAMES[task]().reading(info) in text
             named, start = parse.parse(text, game.legal_actions())
             assert named == action and text[start:].startswith('"action"') and parse.json_closed(text)
     prompts = {parse.make_prompt(game, info) for game, _, info in states_of(task, 25)}
@@ -426,7 +426,7 @@ def test_demonstrations_see_what_comes_after_a_mistake_and_only_what_can_be_won(
     step = game.step
     monkeypatch.setattr(sft, "make_game", make)
     monkeypatch.setattr(game, "step", lambda index: (
-        steps.append(game.actions[index] in expert.best_actions(task, game.observe()[1])), step(index))[1])
+        steps.append(game.actions[index] in game.best_actions(game.observe()[1])), step(index))[1])
     for _ in itertools.islice(sft.demonstrations(task, 0, label_noise=1.0), 60):
         if task == "points24":
             assert solutions(tuple(sorted(map(int, game._numbers()))), 24)
@@ -564,7 +564,7 @@ def test_generation_stops_and_keeps_what_was_sampled(agent):
 
 def three_tokenizers():
     """Byte-level BPE, SentencePiece-like BPE with byte fallback, and one character a token."""
-    corpus = [parse.make_answer(a, expert.thoughts("blackjack", i, a))
+    corpus = [parse.make_answer(a, GAMES["blackjack"]().thoughts(i, a))
               for _, _, i in states_of("blackjack", 60) for a in ("hit", "stand")]
     bytelevel = Tokenizer(models.BPE())
     bytelevel.pre_tokenizer, bytelevel.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -877,7 +877,7 @@ def test_ratio_is_one_before_the_first_step(shipped, task):
     shake(run.policy)
     rollout = play_out(run)
     assert len({tuple(p.ids) for p in rollout.prompts}) > (1 if task in ("ezpoints", "points24") else 0)
-    metrics = playing.play_metrics(rollout, run.settings)
+    metrics = playing.play_metrics(rollout, run.settings, run.games[0])
     assert metrics["thought_logp"] < 0 and metrics["action_logp"] <= 0
     assert largest_ratio_error(run.policy, rollout, [3, 40, 17], list(range(48))[::-5], [0]) == 0
     found = ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
@@ -953,7 +953,7 @@ def test_without_chain_of_thought_no_prompt_asks_for_thoughts(shipped):
     assert rollout.cut_off and not any('"thoughts"' in run.policy.tokenizer.decode(prompt.ids) for prompt in prompts)
     named = [choice.named for choice in rollout.choices]                # cut off after three tokens
     assert max(map(len, rollout.responses)) == 3
-    assert playing.play_metrics(rollout, run.settings)["parse_rate"] == sum(named) / len(named) < 1
+    assert playing.play_metrics(rollout, run.settings, run.games[0])["parse_rate"] == sum(named) / len(named) < 1
 
 
 # ---- the loop: train.py ---------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Run:
         self.sampling = torch.Generator(policy.device).manual_seed(tokens)  # tokens of answers
         self.fallback = np.random.default_rng(actions)          # actions where none was named
         self.shuffling = torch.Generator().manual_seed(order + rank)        # order of samples
-        self.games = [make_game(settings.task, **settings.world) for _ in range(share)]
+        self.games = [make_game(settings.task, **settings.game_options) for _ in range(share)]
         for game, seed in zip(self.games, deals[rank * share:]):
             # the first deal, above every held-out seed; later ones go on from its generator
             game.reset(seed=seed + 2**31)
@@ -111,7 +111,7 @@ def train(run, folder, report):
         report.lap("update_s")
 
         # record, save, show: in this order, so that nothing shown is ever lost
-        metrics = play_metrics(rollout, settings) | learned | value_metrics(rollout)
+        metrics = play_metrics(rollout, settings, run.games[0]) | learned | value_metrics(rollout)
         # the first game's last answer, as a sample to read
         sample = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()
         report.write(run.update, run.optimizer.param_groups[0]["lr"], metrics, *sample)

@@ -1,1 +1,1 @@
-"""What a flag calls: pages and films of games, endpoints, TensorBoard."""
+"""What a flag calls: pages of games, endpoints, TensorBoard."""

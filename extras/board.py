@@ -13,10 +13,6 @@ Does not handle: what the metrics mean (results/README.md), evaluations by eval.
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from extras.film import Film
 from plumbing.errors import ModelError, as_model_error
 
 
@@ -81,20 +77,3 @@ class Board:
         with as_model_error(path):
             row = json.loads(path.read_text(encoding="utf-8"))
         self._scalars("held_out", row, step, but=("update", "episodes", "seed", "steps"))
-        picture = path.with_suffix(".png")
-        if picture.exists():
-            with as_model_error(picture):
-                pixels = np.asarray(Image.open(picture).convert("RGB"))
-            self.writer.add_image("held_out/game", pixels, step, dataformats="HWC")
-
-    def filming(self, path, watch):
-        """A `watch` for eval.evaluate: `watch`, and the first game as a PNG beside `path`."""
-        film = Film()
-
-        def both(picture, choice, episode):
-            watch(picture, choice, episode)
-            film(picture, choice, episode)
-            if episode == 0 and choice is None:
-                film.save(str(path.with_suffix(".png")))
-
-        return both

@@ -44,13 +44,15 @@ function drawSide(side) {
                                alt: step ? `what the player sees at step ${here + 1}` : "the last picture"});
   const box = make("section", {class: "side", "aria-label": side.name}, heading(side),
                    make("div", {class: "scene"}, picture, step ? played(side, step) : end(side.end)));
-  if (step && step.text !== null) box.append(...answer(side, step), folded("prompt v_in", step.prompt));
+  if (step && step.text !== null) box.append(...answer(side, step));
+  if (step) box.append(folded("prompt v_in", step.prompt));
   box.append(folded("what the game knows of this state", known(state.info)));
   return box;
 }
 
 function heading(side) {
-  const outcome = side.end.success ? "wins" : side.end.truncated ? "runs out of time" : "does not win";
+  const outcome = side.end.success ? "wins" : side.end.truncated ? "runs out of time"
+    : side.end.success === null ? "ends" : "does not win";
   const told = `${outcome} in ${plural(side.steps.length, "step")}, return ${signed(side.end.return)}`;
   return make("h2", null, side.name, make("small", null, told));
 }
@@ -60,7 +62,8 @@ function entry(name, value, meaning, style = "") {
 }
 
 function played(side, step) {
-  const agreed = step.expert.includes(step.action);
+  const expert = step.expert && (step.expert.includes(step.action) ? "✓ so would the expert"
+    : `the expert would play ${step.expert.join(" or ")}`);             // null: the game knows none
   const list = make("dl", null,
     entry("reward", signed(step.reward), "what the game pays for this step", tone(step.reward)),
     entry("return so far", signed(step.return), "the sum of the rewards up to this step", tone(step.return)));
@@ -73,12 +76,13 @@ function played(side, step) {
     step.named ? (step.text === null ? null : make("small", null, "named in the answer"))
       : make("small", {class: "bad"}, "drawn at random: " + (step.text === null ? "the call failed"
                                                              : "the answer names no legal action")),
-    make("small", null, agreed ? "✓ so would the expert" : `the expert would play ${step.expert.join(" or ")}`),
+    expert && make("small", null, expert),
     list);
 }
 
 function end(state) {
-  const told = state.success ? "The end: won." : state.truncated ? "The end: time is up." : "The end: not won.";
+  const told = state.success ? "The end: won." : state.truncated ? "The end: time is up."
+    : state.success === null ? "The end." : "The end: not won.";
   const list = make("dl", null, entry("return", signed(state.return), "the sum of all rewards", tone(state.return)));
   if ("value" in state) list.append(entry("V", fixed(state.value, 2), "of the state where time ran out"));
   return make("div", null, make("p", {class: "played"}, told), list);
@@ -149,8 +153,9 @@ function known(info) {
 function draw() {
   const place = here === last ? "the end" : `step ${here + 1} of ${last}`;
   $("sides").replaceChildren(...data.sides.map(drawSide));
-  $("title").replaceChildren(GAMES[data.task], make("small", null, `one held-out game, ${place}`));
-  document.title = `${GAMES[data.task]}, ${place}`;
+  const name = GAMES[data.task] ?? data.task;               // a game from outside
+  $("title").replaceChildren(name, make("small", null, `one held-out game, ${place}`));
+  document.title = `${name}, ${place}`;
   [...$("dots").children].forEach((dot, k) => dot.toggleAttribute("aria-current", k === here));
   $("previous").disabled = here === 0;
   $("next").disabled = here === last;

@@ -8,8 +8,7 @@ One file that needs no network, to be sent or put anywhere: the figures as JSON 
 page (viewer.html, viewer.js). game.html#2 opens it at step 2. A model plays the game here once
 more, by itself; with --episodes 1 it draws the same answers as in the evaluation. Of a player
 without a model the page shows what it did there.
-Does not handle: GIF and PNG (film.py), making the two players (eval.py). Both models are in memory
-at once.
+Does not handle: making the two players (eval.py). Both models are in memory at once.
 """
 
 import argparse
@@ -22,8 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from env import make_game
-from games.expert import best_actions
+from env import held_out_game
 from parse import make_prompt, parse
 from players import scripted_player
 from plumbing.checkpoint import checkpoints
@@ -62,7 +60,8 @@ class Page:
             played = play_side(self.task, self.seed, policy, settings, choose)
             goal = played.pop("goal")       # the same on both sides
             sides.append({"name": shown, "lambda": settings.cot_lambda, **played})
-        return {"task": self.task, "goal": goal, "seed": self.seed, "sides": sides}
+        task = Path(self.task).name             # without the place of somebody's file
+        return {"task": task, "goal": goal, "seed": self.seed, "sides": sides}
 
     def _chooser(self, policy, name, settings, is_first):
         """play_side's choose of one player."""
@@ -94,7 +93,7 @@ def asked_beside(options, given, settings):
     except ValueError:
         kind = "run" if checkpoints(options.beside) else "model"
     kept = given.keys() - {"temperature", "cot", "bits"}
-    own = {name: given[name] for name in kept} | settings.world     # both play the same house
+    own = {name: given[name] for name in kept} | {"game": settings.game}    # both play the same
     if kind == "model":
         own["cot"] = settings.cot
         if options.run or "temperature" in given:
@@ -125,8 +124,7 @@ def play_side(task, seed, policy, settings, choose) -> dict:
     there where the value head has learned: a run's. Advantages are ppo.gae's, before they are
     normalised over a rollout.
     """
-    split = {"split": "held out"} if settings.world else {}
-    game = make_game(task, **split, **settings.world)
+    game = held_out_game(task, settings.game_options)
     steps, terminated, truncated = [], False, False
     picture, info = game.reset(seed=seed)
     while not (terminated or truncated):
@@ -134,14 +132,14 @@ def play_side(task, seed, policy, settings, choose) -> dict:
         step = {
             "picture": data_url(picture),
             "info": info,
-            "expert": best_actions(task, info),
+            "expert": game.best_actions(info),
             "action": choice.action,
             "named": choice.named,
             "text": choice.text,
+            "prompt": make_prompt(game, info, settings.cot),
             **scores,
         }
         if choice.text is not None:
-            step["prompt"] = make_prompt(game, info, settings.cot)
             _, step["action_character"] = parse(choice.text, game.legal_actions())
         picture, step["reward"], terminated, truncated, info = game.step(choice.index)
         # ALFWorld's: PPO sees it, the return does not
@@ -153,7 +151,7 @@ def play_side(task, seed, policy, settings, choose) -> dict:
         "info": info,
         "return": game.episode_return,
         "truncated": truncated,
-        "success": bool(info["is_success"]),
+        "success": info["is_success"],
     }
     learned = bool(policy and policy.value_head.fitted)
     if learned:
@@ -162,7 +160,7 @@ def play_side(task, seed, policy, settings, choose) -> dict:
             end["value"] = policy.value([prompt]).item()
         add_advantages(steps, end.get("value", 0.0), terminated, settings)
     return {
-        "goal": f"Your task is to: {info['task']}" if settings.world else game.description,
+        "goal": f"Your task is to: {info['task']}" if "task" in info else game.description,
         "cot": settings.cot,
         "learned": learned,
         "steps": steps,

@@ -1,23 +1,23 @@
-"""Exact players of the games and the words that they would say: the source of all demonstrations.
+"""Exact players of the card games and the words that they would say: the source of demonstrations.
 
-    action = expert_action("blackjack", info)           # "hit"
-    thoughts("blackjack", info, action)                 # "The dealer shows 7. … I choose hit."
+    game.best_actions(info)             # ["hit"]
+    game.thoughts(info, "hit")          # "The dealer shows 7. … I choose hit."
 
-NumberLine is played by arithmetic, EZPoints and Points24 by exhaustive search (formula.py),
-Blackjack by exact dynamic programming. `thoughts` writes the chain of thought that leads to an
-action (any action, so that noisy demonstrations stay fluent); `reads_right` checks what an answer
-says it saw. For ALFWorld all of them ask games/alfworld/expert.py.
+Each class here is what a game of env.py knows of good play, and a parent of that game: the best
+actions, by arithmetic on NumberLine, by exhaustive search (formula.py) on EZPoints and Points24, by
+exact dynamic programming on Blackjack; the sentence that reads the picture; the thoughts that lead
+to an action (any action, so that noisy demonstrations stay fluent); statistics of its own.
 
-Does not handle: learning (sft.py), the answer's format (parse.py).
+Does not handle: learning (sft.py), the answer's format (parse.py), ALFWorld
+(games/alfworld/expert.py).
 """
 
 import re
 from functools import cache
 
-from games.alfworld import expert as household
 from games.formula import is_right, solutions
+from games.statistics import rate
 
-OPERATORS = {"ezpoints": "+*", "points24": "+-*/"}
 # an infinite deck; J, Q, K are tens
 CARD_ODDS = {rank: (4 if rank == 10 else 1) / 13 for rank in range(1, 11)}
 
@@ -98,7 +98,20 @@ def blackjack_values(goal="win", hit_probability=None):
 _best_for_wins = blackjack_values("win")
 
 
-# ---- what the experts play ---------------------------------------------------------------------
+# ---- NumberLine --------------------------------------------------------------------------------
+class NumberLineExpert:
+    def best_actions(self, info):
+        return ["+" if info["target"] > info["current"] else "-"]
+
+    def reading(self, info):
+        return f"The target is {info['target']} and the current number is {info['current']}."
+
+    def thoughts(self, info, action):
+        compared = "greater" if info["target"] > info["current"] else "smaller"
+        return f"{self.reading(info)} The target is {compared}. I choose {action}."
+
+
+# ---- Blackjack ---------------------------------------------------------------------------------
 def card_value(rank):
     """The number that a card's rank counts in Blackjack, an ace as 1."""
     if rank == "A":
@@ -106,85 +119,104 @@ def card_value(rank):
     return 10 if rank in ("J", "Q", "K") else int(rank)
 
 
-def continuations(task: str, info: dict) -> list[tuple[str, ...]]:
-    """All that completes the formula so far to a solution: tuples of symbols, "=" last.
-
-    The rest of the simplest solution comes first.
-    """
-    so_far = tuple(info["formula"])
-    length = len(so_far)
-    found = solutions(tuple(sorted(info["numbers"])), info["target"], OPERATORS[task])
-    return [(*tokens[length:], "=") for tokens in found if tokens[:length] == so_far]
+def hit_below(total):
+    """The player that hits below a total, whatever the dealer shows."""
+    if not total.isdecimal():
+        raise ValueError(f"no policy 'below:{total}': a total is a number, as in below:14")
+    return lambda info: "hit" if info["total"] < int(total) else "stand"
 
 
-def best_actions(task: str, info: dict) -> list[str]:
-    """Return the texts of all best actions in the state that `info` tells, the simplest first.
+class BlackjackExpert:
+    scripts = {"below:": hit_below}
 
-    Blackjack: best for wins, not for the return. Formula games: every next symbol of some solution
-    (one without needless brackets); a formula that no solution continues is given up with "=".
-    ALFWorld: the demonstrator's next command alone, which goes by its memory; others may be as
-    good.
-
-    >>> best_actions("ezpoints", {"numbers": [2, 10], "formula": [], "target": 12})
-    ['10', '2']
-    """
-    if task == "alfworld":
-        return [household.next_step(info)[1]]
-    if task == "numberline":
-        return ["+" if info["target"] > info["current"] else "-"]
-    if task == "blackjack":
-        dealer = card_value(info["dealer"])
-        stand, hit = _best_for_wins(info["total"], info["usable_ace"], dealer)
+    def best_actions(self, info):
+        """Best for wins, not for the return."""
+        stand, hit = _best_for_wins(info["total"], info["usable_ace"], card_value(info["dealer"]))
         return ["hit" if hit > stand else "stand"]
-    # a dict keeps the order and drops what comes twice
-    following = dict.fromkeys(tokens[0] for tokens in continuations(task, info))
-    return list(following) or ["="]
 
-
-def expert_action(task: str, info: dict) -> str:
-    """Return the text of the action that the expert plays: the first of the best ones."""
-    return best_actions(task, info)[0]
-
-
-# ---- what they say -----------------------------------------------------------------------------
-def reading(task, info):
-    """The sentence that says what the picture shows."""
-    if task == "alfworld":
-        return household.reading(info)
-    if task == "numberline":
-        return f"The target is {info['target']} and the current number is {info['current']}."
-    if task == "blackjack":
+    def reading(self, info):
         return f"The dealer shows {info['dealer']}. My cards are {' '.join(info['hand'])},"
-    return f"The cards are {' '.join(info['cards'])},"
+
+    def thoughts(self, info, action):
+        """
+        >>> info = {"dealer": "7", "hand": ["A", "4"], "total": 15, "usable_ace": True}
+        >>> BlackjackExpert().thoughts(info, "hit")
+        'The dealer shows 7. My cards are A 4, total soft 15. I choose hit.'
+        """
+        total = f"{'soft ' if info['usable_ace'] else ''}{info['total']}"
+        return f"{self.reading(info)} total {total}. I choose {action}."
+
+    def statistics(self, decisions, thinking):
+        """How often it hits: on each total, and in three bands of totals.
+
+        Up to 11 no card busts, 12 to 16 are the close ones, from 17 on one should stand.
+        """
+        hits = {}
+        for _, info, choice in decisions:
+            hits.setdefault(info["total"], []).append(choice.action == "hit")
+        bands = {
+            "hit_rate_to_11": range(4, 12),
+            "hit_rate_12_to_16": range(12, 17),
+            "hit_rate_from_17": range(17, 22),
+        }
+        found = {
+            "hit_rate_by_total": {str(total): rate(hits[total]) for total in sorted(hits)},
+            "decisions_by_total": {str(total): len(hits[total]) for total in sorted(hits)},
+        }
+        for name, band in bands.items():
+            found[name] = rate(hit for total in band for hit in hits.get(total, []))
+        return found
 
 
-def reads_right(task: str, text: str, info: dict) -> bool:
-    """Whether an answer says what the picture shows, card for card, as demonstrations word it."""
-    return reading(task, info) in text
+# ---- EZPoints and Points24 ---------------------------------------------------------------------
+class FormulaExpert:
+    operators = ""              # what the solver may use
 
+    def continuations(self, info) -> list[tuple[str, ...]]:
+        """All that completes the formula so far to a solution: tuples of symbols, "=" last.
 
-def thoughts(task: str, info: dict, action: str) -> str:
-    """Return the chain of thought that ends in choosing `action`, right or not.
+        The rest of the simplest solution comes first.
+        """
+        so_far = tuple(info["formula"])
+        length = len(so_far)
+        found = solutions(tuple(sorted(info["numbers"])), info["target"], self.operators)
+        return [(*tokens[length:], "=") for tokens in found if tokens[:length] == so_far]
 
-    >>> info = {"dealer": "7", "hand": ["A", "4"], "total": 15, "usable_ace": True}
-    >>> thoughts("blackjack", info, "hit")
-    'The dealer shows 7. My cards are A 4, total soft 15. I choose hit.'
-    """
-    if task == "alfworld":
-        return household.thoughts(info, action)
-    seen = reading(task, info)
-    if task == "numberline":
-        seen += f" The target is {'greater' if info['target'] > info['current'] else 'smaller'}."
-    elif task == "blackjack":
-        seen += f" total {'soft ' if info['usable_ace'] else ''}{info['total']}."
-    else:
+    def best_actions(self, info):
+        """Every next symbol of some solution, one without needless brackets.
+
+        A formula that no solution continues is given up with "=".
+        """
+        # a dict keeps the order and drops what comes twice
+        following = dict.fromkeys(tokens[0] for tokens in self.continuations(info))
+        return list(following) or ["="]
+
+    def reading(self, info):
+        return f"The cards are {' '.join(info['cards'])},"
+
+    def thoughts(self, info, action):
         numbers = " ".join(str(n) for n in sorted(info["numbers"]))
         so_far = "".join(info["formula"])
-        found = continuations(task, info)
+        found = self.continuations(info)
         # the simplest way on from here, whether or not the action goes it
         plan = "".join(found[0]) if found else "nothing"
-        seen += f" so the numbers are {numbers}. Now '{so_far}' then '{plan}'."
-    return f"{seen} I choose {action}."
+        return (f"{self.reading(info)} so the numbers are {numbers}. Now '{so_far}' then '{plan}'. "
+                f"I choose {action}.")
+
+    def statistics(self, decisions, thinking):
+        """How formulas are planned, and whether the plans are followed; {} without thoughts.
+
+        plan_rate: how often the plan in the thoughts is right while one could be; plan_followed:
+        how often a plan's first symbol is played.
+        """
+        if not thinking:
+            return {}
+        plans = [(planned(choice.text), info, choice.action) for _, info, choice in thinking]
+        return {
+            "plan_rate": rate(
+                plan_right(plan, info) for plan, info, _ in plans if self.continuations(info)),
+            "plan_followed": rate(plan[0] == action for plan, _, action in plans if plan),
+        }
 
 
 def planned(text: str) -> list[str]:

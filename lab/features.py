@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from env import GAMES
+from env import GAMES, make_game
 from families import base_view, encode_images
 from plumbing.loading import POCKET
 from plumbing.manifest import hashes
@@ -28,8 +28,8 @@ from train import launch
 
 def fixed(default):
     """A field that is no flag: what only a language model could choose."""
-    facts = dict.fromkeys(("help", "pocket", "paper", "why", "choices"))
-    return field(default=default, metadata=facts | {"flag": False})
+    names = ("help", "pocket", "paper", "why", "choices")
+    return field(default=default, metadata=dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def pocket_eyes():
 
 def make_features(settings, checkpoint=None):
     """train.make_policy's counterpart: (a FeaturePolicy for the settings' game, its files)."""
-    actions = GAMES[settings.task]().legal_actions()
+    actions = make_game(settings.task, **settings.game_options).legal_actions()
     policy = FeaturePolicy(*pocket_eyes(), actions, settings.seed)
     return policy, FeatureFiles(depends={"base model": hashes(POCKET)})
 

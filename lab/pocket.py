@@ -1,12 +1,14 @@
 """A LLaVA for two CPU cores, made from nothing: a large one's classes, 1.5 million weights.
 
     python -m lab.pocket --out runs/my-pocket   # under half an hour; checkpoints/pocket holds it
+    python -m lab.pocket --task examples/gridworld.py:GridWorld --out runs/grid-pocket  # your own
 
 Everything the 7B model goes through, it goes through: from_pretrained, 4 bits, LoRA, generate,
 score, PPO. It learns in three lessons on pictures drawn on the fly: first to say what a picture
 shows; then to answer in the games' format; last, shortly, with so many random action labels that
 there is something left for RL to learn.
-It reads these games' pictures and nothing else; no claim about the 7B model follows from it.
+It reads these games' pictures and nothing else; no claim about the 7B model follows from it. For a
+game of your own the lessons are shorter, and its class must have best_actions, reading, thoughts.
 """
 
 import argparse
@@ -27,22 +29,29 @@ from transformers import (
 )
 from transformers.models.llava_next import image_processing_pil_llava_next
 
-from env import GAMES
+from env import GAMES, check_game, make_game
 from families import save_processor
-from games.expert import reading
 from parse import make_answer
 from plumbing.checkpoint import put_in_place, unfinished
+from plumbing.errors import ModelError, in_words
+from plumbing.settings import Settings, add_flags
 from policy import Policy, load_model
 from sft import Demonstration, demonstrations, finetune, mixed
 
 # a picture becomes 5 × 5 image tokens
 SIDE, PATCH = 120, 24
 
-# Share of random action labels by game, in the second lesson and in the third, short one. The
-# third's were set by trial so that RL starts at or somewhat above the paper's LLaVA-sft row (25,
-# 23, 3, 23 %); measured at temperature 0.5: NumberLine 27 %, EZPoints 26, Points24 6, Blackjack 32.
-EARLY_NOISE = {"numberline": 1.0, "ezpoints": 0.45, "points24": 0.25, "blackjack": 0.8}
-LABEL_NOISE = {"numberline": 1.0, "ezpoints": 0.8, "points24": 0.68, "blackjack": 0.87}
+# Shares of random action labels in the second lesson and in the third, short one. The third's were
+# set by trial so that RL starts at or somewhat above the paper's LLaVA-sft row (25, 23, 3, 23 %);
+# measured at temperature 0.5: NumberLine 27 %, EZPoints 26, Points24 6, Blackjack 32.
+NOISE = {
+    "numberline": (1.0, 1.0), "ezpoints": (0.45, 0.8), "points24": (0.25, 0.68),
+    "blackjack": (0.8, 0.87)}
+# Points24 has most to learn (a solution to each of its solvable deals) and comes three times
+MORE = ("points24", "points24")
+STEPS = (500, 4200, 300)        # of the three lessons
+# of a game of your own
+OWN_NOISE, OWN_STEPS = (0.3, 0.8), (300, 1200, 100)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<s>"
@@ -67,12 +76,12 @@ PIECES = Regex("|".join((
 
 
 # ---- the model, before its lessons -------------------------------------------------------------
-def game_texts(seed=0, samples=1500):
-    """The card games' own prompts and answers."""
+def game_texts(tasks=GAMES, seed=0, samples=1500, game_options=None):
+    """The games' own prompts and answers."""
     texts = []
-    for task, cot in itertools.product(GAMES, (True, False)):
-        played = itertools.islice(demonstrations(task, seed, 0.5, cot), samples)
-        read = itertools.islice(captions(task, seed), samples // 5)
+    for task, cot in itertools.product(tasks, (True, False)):
+        played = itertools.islice(demonstrations(task, seed, 0.5, cot, game_options), samples)
+        read = itertools.islice(captions(task, seed, game_options), samples // 5)
         for demonstration in itertools.chain(played, read):
             texts += [demonstration.prompt, demonstration.answer]
     return texts
@@ -143,27 +152,27 @@ def make_model(processor, seed=0, hidden=128, heads=4, vision_layers=3, text_lay
 
 
 # ---- its lessons -------------------------------------------------------------------------------
-def captions(task, seed):
+def captions(task, seed, game_options=None):
     """Yield Demonstrations that only say what the picture shows: the first lesson."""
-    game, generator = GAMES[task](), np.random.default_rng([seed, len(task)])
+    game = make_game(task, **(game_options or {}))
+    generator = np.random.default_rng([seed, len(type(game).__name__)])
     picture, info = game.reset(seed=seed)
     while True:
-        yield Demonstration(picture, "Read the picture.", make_answer(reading(task, info)))
+        yield Demonstration(picture, "Read the picture.", make_answer(game.reading(info)))
         action = generator.integers(len(game.legal_actions()))
         picture, _, terminated, truncated, info = game.step(action)
         if terminated or truncated:
             picture, info = game.reset()
 
 
-def answers(noise, seed, streams=16):
-    """Sources of answers of all games, one stream in eight without thoughts.
+def answers(tasks, shares, seed, streams=16, game_options=None):
+    """Sources of answers to games, one stream in eight without thoughts.
 
-    Many streams a game keep the deals in a batch different; Points24 has most to learn (a solution
-    to each of its solvable deals) and comes three times.
+    Many streams a game keep the deals in a batch different. shares: {task: share of random labels}.
     """
     return [
-        demonstrations(task, seed + i, noise[task], cot=i % 8 > 0)
-        for i in range(streams) for task in (*GAMES, "points24", "points24")]
+        demonstrations(task, seed + i, shares[task], i % 8 > 0, game_options)
+        for i in range(streams) for task in tasks]
 
 
 def teach(out, model, processor, seed, first, second, last):
@@ -185,21 +194,26 @@ def teach(out, model, processor, seed, first, second, last):
     put_in_place(out)
 
 
-def build(out, seed=0, steps=(500, 4200, 300)):
-    """Make the pocket model and teach it three lessons of so many steps."""
-    processor = make_processor(make_tokenizer(game_texts(seed)))
-    reads = [captions(task, seed + i) for i in range(16) for task in GAMES]
+def build(out, seed=0, steps=STEPS, noise=NOISE, more=MORE, game_options=None):
+    """Make the pocket model and teach it three lessons of so many steps.
+
+    noise: {task: shares of random action labels in the second lesson and the third}; more: tasks
+    that come oftener in these.
+    """
+    processor = make_processor(make_tokenizer(game_texts(noise, seed, game_options=game_options)))
+    reads = [captions(task, seed + i, game_options) for i in range(16) for task in noise]
+    early, late = ({task: shares[k] for task, shares in noise.items()} for k in (0, 1))
+    first, last = (
+        answers((*noise, *more), shares, start, game_options=game_options)
+        for shares, start in ((early, seed), (late, seed + 1000)))
     # subtle: the first two lessons draw from one generator, in turn
     generator, later = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
-    lessons = (
-        mixed(reads, 64, generator),
-        mixed(answers(EARLY_NOISE, seed), 64, generator),
-        mixed(answers(LABEL_NOISE, seed + 1000), 64, later))
+    lessons = mixed(reads, 64, generator), mixed(first, 64, generator), mixed(last, 64, later)
     teach(out, make_model(processor, seed), processor, seed, *zip(lessons, steps))
 
 
 # ---- the command line --------------------------------------------------------------------------
-def make_parser(description=__doc__):
+def bare_parser(description):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -207,16 +221,33 @@ def make_parser(description=__doc__):
     return parser
 
 
-def main(arguments=None, description=__doc__, build=build, task="blackjack"):
-    """Build a model by a command line; pocket_alfworld.py has another description and build."""
-    parser = make_parser(description)
-    out = parser.parse_args(arguments).out
-    if Path(out).exists():
-        parser.error(f"{out} is there already: choose another --out")
+def make_parser():
+    parser = bare_parser(__doc__)
+    parser.add_argument("--task", help="a game of your own, my_game.py:CLASS [the card games]")
+    add_flags(parser, Settings, ("game",))
+    return parser
+
+
+def finish(options, task, build, **more):
+    """Build a model in options.out; pocket_alfworld.py's too."""
+    if Path(options.out).exists():
+        raise ModelError(f"{options.out} is there already: choose another --out")
     begun = time.perf_counter()
-    build(out)
-    print(f"{out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task {task} "
-          f"--model {out}")
+    build(options.out, **more)
+    print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task "
+          f"{task} --model {options.out}")
+
+
+def main(arguments=None):
+    options = make_parser().parse_args(arguments)
+    task = options.task
+    with in_words():
+        if not task:
+            return finish(options, "blackjack", build)
+        needs = ("best_actions", "reading", "thoughts")
+        own = check_game(task, getattr(options, "game", ()), needs)
+        finish(options, task, build, steps=OWN_STEPS, noise={task: OWN_NOISE}, more=(),
+               game_options=own)
 
 
 if __name__ == "__main__":

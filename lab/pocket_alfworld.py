@@ -21,6 +21,7 @@ from games.alfworld.scene import draw_scene
 from lab import pocket
 from lab.pocket import MARK, make_model, make_processor, make_tokenizer, teach
 from parse import make_answer, make_prompt
+from plumbing.errors import in_words
 from sft import Demonstration
 
 EARLY_NOISE = 0.3               # share of random commands in the second lesson
@@ -146,4 +147,5 @@ def build(out, seed=0, games=2000, steps=(500, 2000, 150)):
 
 
 if __name__ == "__main__":
-    pocket.main(description=__doc__, build=build, task="alfworld")
+    with in_words():
+        pocket.finish(pocket.bare_parser(__doc__).parse_args(), "alfworld", build)

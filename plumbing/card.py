@@ -9,14 +9,13 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from env import TASKS
+from env import find_game
 from plumbing.loading import LLAVA_7B, SHIPPED
-from plumbing.settings import WORLD
 
 # Only what is certain; of any other base the card says to look there.
 LICENCES = {**dict.fromkeys(SHIPPED, "mit"), LLAVA_7B: "apache-2.0"}
 
-PLAYED_WITH = ("bits", "temperature", "cot", "max_new_tokens", *WORLD)
+PLAYED_WITH = ("bits", "temperature", "cot", "max_new_tokens", "game")
 
 CARD = """\
 ---
@@ -60,7 +59,7 @@ def flags_of(settings, names=None):
 
     names: of some settings alone.
     """
-    words, game = [], TASKS[settings.task]
+    words, game = [], find_game(settings.task)
     for entry in fields(settings):
         value, flag = getattr(settings, entry.name), entry.name.replace("_", "-")
         # a default that depends on model or game is named, whatever it is
@@ -71,6 +70,8 @@ def flags_of(settings, names=None):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif entry.name == "game":
+            words += ["--game", *value]
         else:
             words += [f"--{flag}", ",".join(value) if isinstance(value, tuple) else str(value)]
     return words

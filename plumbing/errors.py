@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 import parallel
-from games.alfworld.houses import HouseError
+from games.game import GameError
 
 
 class ModelError(RuntimeError):
@@ -118,7 +118,7 @@ def in_words(config=None):
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(f"\n{program}: stopped{and_then()}")
-    except (ModelError, FloatingPointError, HouseError, ImportError) as error:
+    except (ModelError, FloatingPointError, GameError, ImportError) as error:
         sys.exit(f"{program}: {lines_of(error)}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(

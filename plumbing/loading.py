@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from env import find_game
 from families import FAMILIES, PARTS, part_of_path
 from plumbing.adapters import PolicyFiles, adapter_settings, base_name, load_adapters
 from plumbing.errors import ModelError, as_model_error
@@ -83,14 +84,15 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
     else:
         device = f"cuda:{torch.cuda.current_device()}"
         try_gpu(device)
-    # ALFWorld's pocket model has another vocabulary
-    own, other = "pocket", "pocket-alfworld"
-    if task == "alfworld":
-        own, other = other, own
+    own = find_game(task).pocket
+    large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
+    if own is None and (model == "pocket" or model == "auto" and not large):
+        raise ModelError(
+            f"no pocket model reads {task}: make one (python -m lab.pocket --task {task} --out "
+            "FOLDER) and pass its folder as --model, or a large model's name")
     name = why = own if model == "pocket" else str(model)
     if model == "auto":
-        large = device != "cpu" and torch.cuda.get_device_properties(device).total_memory >= 20e9
-        name, alternative = (LLAVA_7B, own) if large else (own, LLAVA_7B)
+        name, alternative = (LLAVA_7B, own or "FOLDER") if large else (own, LLAVA_7B)
         why = f"{name} ({'a' if large else 'no'} GPU with 20 GB is here; or --model {alternative})"
 
     base_model, adapters = name, None
@@ -107,9 +109,10 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
     if base_model not in SHIPPED and Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())    # adapters name it wherever they are read
     folder = str(SHIPPED.get(base_model, base_model))
-    if Path(folder).resolve() == SHIPPED[other].resolve():
-        raise ModelError(
-            f"{other} knows the words of other games than {task}: --model pocket is its own")
+    for other in SHIPPED.keys() - {own} if own else ():
+        if Path(folder).resolve() == SHIPPED[other].resolve():
+            raise ModelError(
+                f"{other} knows the words of other games than {task}: --model pocket is its own")
     return FoundModel(name, base_model, adapters, folder, _config(folder), device, why)
 
 

@@ -11,17 +11,20 @@ loading.py).
 """
 
 import hashlib
+import inspect
 import json
 import os
 import platform
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 
 import parallel
+from env import find_game
 from plumbing.errors import UNREADABLE, ModelError, as_model_error, lines_of
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +38,7 @@ READ = (
 WHOLE = 64 * 2**20      # weights' files up to this size are hashed whole, larger ones at 64 places
 
 
-def versions():
+def versions(settings):
     """What bits depend on beside the settings."""
     files = [file for pattern in CODE for file in sorted(ROOT.glob(pattern))]
     code = hashlib.sha256(
@@ -44,7 +47,17 @@ def versions():
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "code": code.hexdigest()[:12],
         "threads": torch.get_num_threads(),
+        "game": _game_hash(settings.task),
     }
+
+
+@cache
+def _game_hash(task):
+    """Of the file that the game's class is in, as it was when it was first asked for.
+
+    Not of what that file imports.
+    """
+    return _digest(inspect.getfile(find_game(task)))[:12]
 
 
 def plain(settings):
@@ -63,7 +76,7 @@ def write_manifest(folder, depends, settings):
         (Path(folder) / name).chmod(0o666 & ~umask)
     manifest = {
         "folder": Path(folder).name.removesuffix(".part"), "files": files, "depends": depends,
-        "settings": plain(settings), "versions": versions(),
+        "settings": plain(settings), "versions": versions(settings),
     }
     manifest["self"] = _digest_of(manifest)
     (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -111,7 +124,7 @@ def check(folder, depends=None, settings=None):
         said = ", ".join(f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in other)
         raise ModelError(f"{folder} is another run's: it has {said}")
     changed = [
-        f"{name} {was.get(name)} → {now}" for name, now in versions().items()
+        f"{name} {was.get(name)} → {now}" for name, now in versions(settings).items()
         if was.get(name) != now]
     if changed and parallel.rank() == 0:
         said = (f"note: since {Path(folder).name} was written these have changed, so bits may "

@@ -244,15 +244,16 @@ def _prompt_size_of(model, settings):
     """prompt_size for a FoundModel and a run's settings."""
     with as_model_error(f"the processor of {model.folder!r}"):
         processor = load_processor(model.folder)
-        return prompt_size(model.config, processor, settings.task, settings.cot, settings.world)
+        return prompt_size(model.config, processor, settings.task, settings.cot,
+                           settings.game_options)
 
 
-def prompt_size(config, processor, task, cot=True, world=None):
+def prompt_size(config, processor, task, cot=True, game_options=None):
     """(P, patches): tokens of a game's longest prompt in 50 random steps, patches of its
     picture."""
     with torch.device("meta"):
         family = Family(AutoModelForImageTextToText.from_config(config), processor)
-    game = make_game(task, **(world or {}))
+    game = make_game(task, **(game_options or {}))
     (picture, info), texts = game.reset(seed=0), []
     for draw in game.np_random.random(50).tolist():
         texts.append(make_prompt(game, info, cot))

@@ -89,18 +89,22 @@ class Report:
 
 
 def draw_curve(folder):
-    """Redraw curve.png: success, parse rate and reading rate over environment steps."""
+    """Redraw curve.png: success, parse rate and reading rate over environment steps.
+
+    The return alone, where the game cannot tell success.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for key in ("success", "parse_rate", "reading_rate"):
+    known = all(row["success"] is not None or row["return_mean"] is None for row in rows)
+    for key in ("success", "parse_rate", "reading_rate") if known else ("return_mean",):
         points = [(row["env_steps"], row[key]) for row in rows if row[key] is not None]
         if points:
             axes.plot(*zip(*points), label=key.replace("_", " "))
-    axes.set(xlabel="environment steps", ylabel="share", ylim=(0, 1.02))
+    axes.set(xlabel="environment steps", ylim=(0, 1.02) if known else None)
     axes.set_title(printable(folder.name), parse_math=False)    # a name with two "$" is no formula
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)

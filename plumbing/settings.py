@@ -13,14 +13,12 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from env import TASKS
+from env import TASKS, check_game, find_game
 from families import PARTS
+from games import outside
 from plumbing.errors import ModelError, as_model_error, say
 from plumbing.loading import find_model
 from plumbing.memory import fit_to_gpu, memory_note
-
-# of ALFWorld alone: the options of its constructor
-WORLD = ("houses", "receptacles", "objects", "scene_text", "all_commands")
 
 
 def setting(default=None, help="", *, pocket=None, paper=None, why=None, choices=None):
@@ -29,15 +27,17 @@ def setting(default=None, help="", *, pocket=None, paper=None, why=None, choices
     default: a large model's. pocket: the pocket model's, where it has another. paper: the paper's,
     where it tells one. why: the reason where ours is another than the paper's.
     """
-    facts = {"help": help, "pocket": pocket, "paper": paper, "why": why, "choices": choices}
-    return field(default=default, metadata=facts | {"flag": True})
+    return field(default=default, metadata={
+        "help": help, "pocket": pocket, "paper": paper, "why": why, "choices": choices})
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """What supervised fine-tuning and RL share."""
 
-    task: str = setting(None, "the game (needed; --resume knows it)", choices=tuple(TASKS))
+    task: str = setting(None, f"the game (needed; --resume knows it): {', '.join(TASKS)}, or "
+                        "my_game.py:CLASS, gymnasium:ID (YOUR_OWN_GAME.md)")
+    game: tuple = setting((), "its constructor's options, such as max_position=9")
     model: str = setting(
         "auto", "auto, pocket, a hub name, a folder (chat VLMs: families.py), or adapters")
     bits: str = setting(
@@ -55,35 +55,20 @@ class ModelSettings:
         "with room takes 0 or 2", pocket=0)
     cot: bool = setting(True, "chain of thought; --no-cot: the action alone, an ablation")
     seed: int = setting(1, "fixes the whole run")
-    houses: str = setting(
-        "small", "alfworld: dealt, or the data set's ($ALFWORLD_DATA)", choices=("small", "data"))
-    receptacles: int = setting(5, "alfworld: in a dealt house (above 8 hard to read)")
-    objects: int = setting(4, "alfworld: in a dealt house")
-    scene_text: bool = setting(True, "alfworld: the engine's words beside the picture")
-    all_commands: bool = setting(False, "alfworld: also commands that change nothing")
 
-    # Not fields. The file that keeps the settings, what a run folder's default name ends in, and
-    # what may change when a run is resumed: its place, the base model's (whose weights are held
-    # against their hash), sizes of batches, which are for memory.
+    # Not fields: the settings' file, the end of a run folder's default name, and what may change
+    # when a run is resumed: places (a model is held against its hash), sizes that are for memory.
     file, folder_suffix = "config.json", ""
     changeable = ("out", "model", "micro_batch_size", "play_batch_size", "save_every")
 
     @property
-    def world(self):
+    def game_options(self):
         """What env.make_game takes beside the task."""
-        if self.task != "alfworld":
-            return {}
-        return {name: getattr(self, name) for name in WORLD}
+        return outside.read_options(find_game(self.task), self.game)
 
     def problem(self):
         """What is wrong with the settings, in words, or None."""
-        for name in WORLD if self.task != "alfworld" else ():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                return f"{_flag(name)} is for --task alfworld"
-        if not (4 <= self.receptacles <= 40 and 3 <= self.objects <= 40):
-            return "--receptacles must be 4 to 40, --objects 3 to 40"
-        if self.houses == "data" and (self.receptacles, self.objects) != (5, 4):
-            return "--receptacles and --objects are for dealt houses: --houses data has its own"
+        _ = self.game_options       # GameError, where there is no such game or option
         if unknown := set(self.target_modules) - set(PARTS):
             there = ", ".join(PARTS)
             return f"--target-modules: no part {', '.join(sorted(unknown))}; there are {there}"
@@ -216,7 +201,7 @@ def resolve(cls, given: dict, model=None):
         values |= {
             name: entry.metadata["pocket"] for name, entry in entries.items()
             if entry.metadata["pocket"] is not None}
-    game = TASKS[given["task"]]
+    game = find_game(given["task"])
     values |= game.paper_settings | game.preferred_settings
     own = _of_the_model(model, given) if model else {}
     values |= own | given | ({"model": model.name} if model else {})
@@ -254,7 +239,7 @@ def _of_the_model(model, given):
 
 def departures(settings, given=()) -> list[str]:
     """A line for each setting that is not the paper's, with the reason; given: names chosen."""
-    game, lines = TASKS[settings.task], []
+    game, lines = find_game(settings.task), []
     for entry in fields(settings):
         paper = game.paper_settings.get(entry.name, entry.metadata["paper"])
         value = getattr(settings, entry.name)
@@ -267,21 +252,36 @@ def departures(settings, given=()) -> list[str]:
 
 # ---- the command line --------------------------------------------------------------------------
 def add_flags(parser, cls, names=None):
-    """Add a flag for each field of a settings class, or for those named.
+    """Add a flag for each field of a settings class that has a help, or for those named.
 
     What is not given on the command line is not in the result.
     """
-    for entry in [cls.__dataclass_fields__[name] for name in names or cls.__dataclass_fields__]:
-        if not entry.metadata["flag"]:
+    for entry in map(cls.__dataclass_fields__.get, names or cls.__dataclass_fields__):
+        if not entry.metadata["help"]:
             continue
         options = {"help": _help(entry), "default": argparse.SUPPRESS}
-        if entry.type is bool:
+        if entry.name == "game":
+            options |= {"action": GameOption, "nargs": "+", "metavar": "NAME=VALUE"}
+        elif entry.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif entry.type is tuple:
             options |= {"type": _parts, "metavar": "PART,PART"}
         else:
             options |= {"type": entry.type, "choices": entry.metadata["choices"]}
         parser.add_argument(_flag(entry.name), **options)
+        if entry.name == "game":        # and three options of games/wrapped.py by their own names
+            for name, value in (("actions", "A,B"), ("success_return", "R"), ("description", "T")):
+                options |= {"dest": "game", "const": name, "metavar": value, "nargs": None}
+                options["help"] = f"gymnasium: the same as --game {name}={value}"
+                parser.add_argument(_flag(name), **options)
+
+
+class GameOption(argparse.Action):
+    """Adds NAME=VALUE to the tuple `game`; const: the NAME, where the flag's value is a VALUE."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        texts = [f"{self.const}={values}"] if self.const else values
+        namespace.game = (*getattr(namespace, "game", ()), *texts)
 
 
 def make_parser(cls, description=None):
@@ -307,7 +307,7 @@ def _parts(text):
 def _help(entry):
     """A flag's help: its meaning, all its defaults, and the paper's value where ours is another."""
     told = []
-    if entry.default is not None:
+    if entry.default not in (None, ()):
         told.append(",".join(entry.default) if entry.type is tuple else f"{entry.default}")
     if entry.metadata["pocket"] is not None:
         told.append(f"pocket {entry.metadata['pocket']}")
@@ -332,19 +332,21 @@ def read_settings(cls, description, arguments=None):
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     if "out" not in given and "task" in given:
-        seed = given.get("seed", cls.seed)
-        given["out"] = f"runs/{given['task']}{cls.folder_suffix}-seed{seed}"
+        name = find_game(given["task"]).__name__.lower() + cls.folder_suffix
+        given["out"] = f"runs/{name}-seed{given.get('seed', cls.seed)}"
     config = Path(given.get("out", "")) / cls.file
     exists = "out" in given and config.exists()
     if resume and exists:
-        return _resumed(cls, config, given), True
+        settings = _resumed(cls, config, given)
+        check_game(settings.task, settings.game)
+        return settings, True
     if "task" not in given:
         parser.error("--task is needed" + (f": there is no {config} to resume" if resume else ""))
     if exists:
-        parser.error(
-            f"{config.parent} holds a run already: go on with --resume, or choose another --out")
+        parser.error(f"{config.parent} holds a run: go on with --resume, or choose another --out")
     if resume:
         say(f"there is no run in {config.parent} yet: this starts one")
+    check_game(given["task"], given.get("game", ()))
     model = find_model(given.get("model", cls.model), given["task"], device=given.get("device"))
     settings = resolve(cls, given, model)
     say(f"model: {model.why}, in {settings.bits} bits{memory_note(model, settings)}")

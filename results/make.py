@@ -206,7 +206,7 @@ def households():
 
 
 def tables():
-    """All tables that pages show, but for those of LOG.md, which are history."""
+    """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
     makers = (ours, paper, seeds, lambdas, decisions, plans, households)
     return [make() for make in makers]
 

@@ -7,9 +7,10 @@ cores=$(nproc)               # before the next line, which nproc would obey
 export OMP_NUM_THREADS=1
 
 train() {   # train NAME GAMES ARGUMENTS…: one RL run, then held-out games with its last checkpoint
-    local name=$1 games=$2; shift 2
+    local name=$1 games=$2 task; shift 2
+    task=$(grep -oP -- '--task \K\S+' <<< "$*")
     run "$name" "python train.py $* --eval-episodes 0" \
-        python eval.py --task "${name%%-*}" --run "runs/$name" --episodes "$games" --out "runs/$name/eval.json"
+        python eval.py --task "$task" --run "runs/$name" --episodes "$games" --out "runs/$name/eval.json"
 }
 
 features() {   # features NAME GAMES ARGUMENTS…: the same on vision features and an MLP, which plays its own held-out games
@@ -57,6 +58,24 @@ best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning
     evaluate "$task-best-start" "$games" --task "$task" --model "$start" --temperature 0.5
     flock -u 8
     train "$name" "$games" --task "$task" --model "$start" "$@"
+}
+
+own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md, from a pocket model made for it
+    local name=$1 games=$2 start="runs/${1%-seed*}-pocket"; shift 2
+    [ -f "results/runs/$name.json" ] && return
+    mkdir -p runs
+    exec 8> "$start.lock"; flock 8                              # the other seeds wait for the one that makes it
+    [ -d "$start" ] || python -m lab.pocket "$@" --out "$start" > "$start.log" 2>&1 ||
+        { echo "$start failed: $start.log"; return 1; }
+    # on slippery ice it wins 2 games in 100, which is too little to learn from: taught once more, with less noise
+    if [[ $name == frozenlake-slippery-* ]]; then
+        [ -d runs/frozenlake-slippery-sft ] || python sft.py "$@" --model "$start" --label-noise 0.3 --steps 100 \
+            --out runs/frozenlake-slippery-sft >> "$start.log" 2>&1 || { echo "$start failed: $start.log"; return 1; }
+        start=runs/frozenlake-slippery-sft
+    fi
+    evaluate "${name%-seed*}-start" "$games" "$@" --model "$start"
+    flock -u 8
+    train "$name" "$games" "$@" --model "$start" --seed "${name##*seed}"
 }
 
 all_runs() {
@@ -140,9 +159,25 @@ all_runs() {
             echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1
         done
     done
+    # the examples of YOUR_OWN_GAME.md; FrozenLake where its drawing is installed (extras/requirements-gymnasium.txt)
+    examples "gridworld 1000 --task examples/gridworld.py:GridWorld"
+    if python -c "import pygame" &> /dev/null; then
+        examples "frozenlake-dry 200 --task examples/frozenlake.py:FrozenLake --game is_slippery=false"
+        examples "frozenlake-slippery 300 --task examples/frozenlake.py:FrozenLake"
+    fi
 }
 
-export -f train features run evaluate best
+examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
+    local name=${1%% *} rest=${1#* } player seed
+    for player in random expert; do
+        echo evaluate $name-$player $rest --policy $player
+    done
+    for seed in 1 2 3; do
+        echo own $name-seed$seed $rest
+    done
+}
+
+export -f train features run evaluate best own
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
 all_runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'

@@ -353,7 +353,7 @@ def test_the_data_sets_files_are_played(alfworld, tmp_path, monkeypatch):
     twin.set_state(json.loads(json.dumps(game.get_state())))
     assert twin.observe()[1] == game.observe()[1]
     player = players.scripted_player("expert", "alfworld", 0)
-    few = evaluation.evaluate(player, "alfworld", 50, 0, world={"houses": "data"})
+    few = evaluation.evaluate(player, "alfworld", 50, 0, game_options={"houses": "data"})
     assert few["episodes"] == len(files) == 2 and few["success"] == 1   # not the same two again and again
     unsolvable = tmp_path / "other" / files[0].relative_to(tmp_path)
     shutil.copytree(files[0].parent, unsolvable.parent)
@@ -367,7 +367,7 @@ def test_the_data_sets_files_are_played(alfworld, tmp_path, monkeypatch):
             houses._read(broken)
     with pytest.raises(SystemExit, match="run alfworld-download"):
         monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "nowhere"))
-        evaluation.main(["--task", "alfworld", "--policy", "random", "--houses", "data", "--episodes", "1"])
+        evaluation.main(["--task", "alfworld", "--policy", "random", "--game", "houses=data", "--episodes", "1"])
 
 
 def test_what_the_engine_cannot_do_is_said(alfworld, monkeypatch):
@@ -380,10 +380,11 @@ def test_what_the_engine_cannot_do_is_said(alfworld, monkeypatch):
     lost = dataclasses.replace(houses.deal(0), problem=re.sub(r"\(canContain .*\)\n", "", houses.deal(0).problem))
     with pytest.raises(houses.HouseError, match="cannot read this house"):           # no way to the goal
         alfworld.Engine().load(lost)
-    for flags, message in ((["--receptacles", "2"], "4 to 40"), (["--task", "blackjack", "--objects", "5"],
-                                                                   "is for --task alfworld")):
+    for flags, message in (
+            (["receptacles=2"], "4 to 40"), (["houses=data", "objects=6"], "of dealt houses"), (["houses=1"], "small or"),
+            (["rooms=5"], "its options are split, houses, receptacles"), (["objects=x"], "'x' is not of the kind")):
         with pytest.raises(SystemExit, match=message):
-            evaluation.main(["--task", "alfworld", "--policy", "random", "--episodes", "1", *flags])
+            evaluation.main(["--task", "alfworld", "--policy", "random", "--episodes", "1", "--game", *flags])
 
 
 def test_the_card_games_need_no_engine_and_without_it_a_sentence_says_what_to_install():

@@ -4,15 +4,12 @@ import copy
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import eval as evaluation
 import players
 import rollout as playing
 from env import GAMES
-from extras.film import Film
-from games import draw
 from plumbing.errors import ModelError
 from plumbing.loading import POCKET
 from policy import Policy
@@ -122,7 +119,7 @@ def test_evaluation_says_what_is_wrong(arguments, message):
 def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
     """Each game's result is what it is alone; the average is of the four card games; what has no sense is refused."""
     arguments = ["--policy", "random", "--episodes", "4", "--num-envs", "4000"]         # more than a run's steps
-    evaluation.main(["--task", "all", *arguments, "--objects", "5", "--out", str(tmp_path / "all.json")])
+    evaluation.main(["--task", "all", *arguments, "--out", str(tmp_path / "all.json")])
     found = json.loads((tmp_path / "all.json").read_text())
     assert set(found["tasks"]) - {"alfworld"} == set(GAMES)
     assert found["average"] == pytest.approx(sum(found["tasks"][task]["success"] for task in GAMES) / 4)
@@ -133,7 +130,8 @@ def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
         assert json.loads(printed.splitlines()[-1]) == {"policy": "random", **found["tasks"][task]}
         recorded = json.loads(evaluation.BASELINES.read_text())[f"{task}-random"]
         assert f"random {100 * recorded['success']:.1f} %" in printed
-    for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"]):
+    for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"],
+                ["--policy", "random", "--game", "max_position=5"]):
         with pytest.raises(SystemExit, match="--task all takes"):
             evaluation.main(["--task", "all", *bad])
 
@@ -162,21 +160,3 @@ def test_all_games_are_played_at_the_temperature_that_each_starts_with(monkeypat
     evaluation.main(["--task", "all", "--model", "pocket", *(["--temperature", str(chosen)] if chosen else [])])
     assert played == {task: chosen or pocket_settings(task).temperature for task in played}
     assert set(played) - {"alfworld"} == set(GAMES)
-
-
-def test_an_episode_can_be_drawn(tmp_path, capsys):
-    evaluation.main(["--task", "blackjack", "--model", "pocket", "--episodes", "1", "--max-new-tokens", "40",
-                     "--render", str(tmp_path / "game.gif"), "--out", str(tmp_path / "game.json")])
-    with draw.Image.open(tmp_path / "game.gif") as film:
-        assert film.n_frames >= 2 and film.size == (760, 300)
-    evaluation.main(["--task", "numberline", "--policy", "expert", "--episodes", "1",
-                     "--render", str(tmp_path / "game.png")])
-    with draw.Image.open(tmp_path / "game.png") as strip:
-        assert strip.width == 760 and strip.height >= 600 and strip.height % 300 == 0
-    assert json.loads((tmp_path / "game.json").read_text())["episodes"] == 1
-    picture, frames = GAMES["blackjack"]().reset(seed=0)[0], []
-    for named in (True, False):                                         # an action drawn at random is marked
-        film = Film()
-        film(picture, playing.Choice("hit", 1, named, "no idea"), 0)
-        frames.append(np.asarray(film.frames[0]))
-    assert not np.array_equal(*frames)

@@ -12,7 +12,7 @@ import rollout as playing
 from env import GAMES
 from games import draw, expert
 from games.formula import evaluate
-from games.statistics import Decision, decision_statistics, plan_statistics
+from games.statistics import Decision, decision_statistics
 from tests.common import cards
 
 
@@ -140,9 +140,9 @@ def test_the_longest_hand_stays_readable():
 def test_every_symbol_that_some_solution_continues_is_the_experts():
     """Against brute force: a symbol is best where some text of the target's value begins with the formula and it."""
     info = {"numbers": [2, 10], "formula": [], "target": 12}
-    assert set(expert.best_actions("ezpoints", info)) == {"2", "10"}
-    assert expert.best_actions("ezpoints", info | {"formula": ["2"]}) == ["+"]
-    assert expert.best_actions("ezpoints", info | {"formula": ["2", "*"]}) == ["="]        # lost: given up
+    assert set(GAMES["ezpoints"]().best_actions(info)) == {"2", "10"}
+    assert GAMES["ezpoints"]().best_actions(info | {"formula": ["2"]}) == ["+"]
+    assert GAMES["ezpoints"]().best_actions(info | {"formula": ["2", "*"]}) == ["="]        # lost: given up
     for numbers in ((1, 2, 3, 4), (2, 2, 10, 10)):                      # some need brackets, the other never one first
         info = {"numbers": numbers, "formula": [], "target": 24}
         texts = {shape.format(*order, *signs) for order in itertools.permutations(numbers)
@@ -152,10 +152,10 @@ def test_every_symbol_that_some_solution_continues_is_the_experts():
         split = lambda text: re.findall(r"\d+|[^ ]", text)
         right = [text for text in texts if evaluate(split(text)) == 24]
         plain = [split(ast.unparse(ast.parse(text))) for text in right]         # Python drops a needless first "("
-        assert set(expert.best_actions("points24", info)) == {tokens[0] for tokens in plain}
+        assert set(GAMES["points24"]().best_actions(info)) == {tokens[0] for tokens in plain}
         for tokens in (tokens for tokens in plain if "(" not in tokens):
             for k in range(1, len(tokens)):
-                assert tokens[k] in expert.best_actions("points24", info | {"formula": tokens[:k]})
+                assert tokens[k] in GAMES["points24"]().best_actions(info | {"formula": tokens[:k]})
 
 
 @pytest.mark.parametrize("task", ["ezpoints", "points24"])
@@ -166,8 +166,8 @@ def test_plans_are_read_back_from_the_thoughts(task):
         _, info = game.reset(seed=seed)
         ended = False
         while not ended:
-            action = expert.expert_action(task, info)
-            plan = expert.planned(expert.thoughts(task, info, action))
+            action = game.best_actions(info)[0]
+            plan = expert.planned(game.thoughts(info, action))
             assert expert.plan_right(plan, info) and plan[0] == action
             assert not expert.plan_right(plan[:-1], info) and not expert.plan_right(["1", *plan], info)
             _, reward, ended, _, info = game.step(game.legal_actions().index(action))
@@ -187,21 +187,22 @@ def test_plans_are_counted_by_hand():
         return decisions
 
     won = episode([2, 10], 12, ("2+10=", "10"), ("+2=", "+"), ("2=", "2"), ("=", "="))      # another one than planned
-    assert plan_statistics("ezpoints", won) == {"plan_rate": 1, "plan_followed": 0.75}
-    assert decision_statistics("ezpoints", won, cot=False)["expert_agreement"] == 1     # to begin with 10 is good too
+    assert GAMES["ezpoints"]().statistics(won, won) == {"plan_rate": 1, "plan_followed": 0.75}
+    assert decision_statistics(GAMES["ezpoints"](), won, cot=False)["expert_agreement"] == 1     # to begin with 10 is good too
     lost = episode([2, 10], 12, ("2*10=", "2"), ("*10=", "*"), ("10=", "10"), ("=", "="))
-    assert plan_statistics("ezpoints", lost) == {"plan_rate": 0, "plan_followed": 1}    # after "2*" none is in reach
+    assert GAMES["ezpoints"]().statistics(lost, lost) == {"plan_rate": 0, "plan_followed": 1}    # after "2*" none is in reach
     given_up = episode([2, 10], 12, ("2+10=", "2"), ("+10=", "*"), ("nothing", "="))
-    assert plan_statistics("ezpoints", given_up) == {"plan_rate": 1, "plan_followed": 0.5}
+    assert GAMES["ezpoints"]().statistics(given_up, given_up) == {"plan_rate": 1, "plan_followed": 0.5}
     brackets = episode([2, 4, 8, 10], 24, ("(10+8)+4+2=", "("), ("10+8)+4+2=", "10"), ("+8)+4+2=", "+"))    # needless
-    assert plan_statistics("points24", brackets)["plan_followed"] == 1
-    assert plan_statistics("points24", episode([1, 1, 1, 1], 24, ("nothing", "=")))["plan_rate"] is None
+    assert GAMES["points24"]().statistics(brackets, brackets)["plan_followed"] == 1
+    never = episode([1, 1, 1, 1], 24, ("nothing", "="))
+    assert GAMES["points24"]().statistics(never, never)["plan_rate"] is None
 
 
 def test_blackjacks_decisions_are_counted_by_total():
     """Hand-worked: hits on 11, 12, 16, 17; who says nothing has no parse rate."""
     played = ((5, "stand"), (11, "hit"), (12, "hit"), (16, "hit"), (16, "stand"), (17, "hit"), (20, "stand"))
-    found = decision_statistics("blackjack", [
+    found = decision_statistics(GAMES["blackjack"](), [
         Decision(0, {"total": total, "dealer": "7", "hand": ["5"], "usable_ace": False},
                  playing.Choice(action, 0, True, None)) for total, action in played], cot=True)
     assert found["hit_rate_by_total"] == {"5": 0, "11": 1, "12": 1, "16": 0.5, "17": 1, "20": 0}

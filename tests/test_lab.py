@@ -34,7 +34,9 @@ def test_the_pocket_recipe_is_seeded(shipped, tiny):
     ends = []
     for _ in range(2):
         agent = Policy(*load_model(str(tiny)), target_modules=())
-        batches = sft.mixed(pocket.answers(pocket.LABEL_NOISE, 0, streams=1), 8, np.random.default_rng(0))
+        late = {task: shares[1] for task, shares in pocket.NOISE.items()}
+        sources = pocket.answers((*late, *pocket.MORE), late, 0, streams=1)
+        batches = sft.mixed(sources, 8, np.random.default_rng(0))
         losses = sft.finetune(agent, batches, 4, 1e-3)
         ends.append([losses, *(p.detach().clone() for p in agent.model.parameters())])
     assert ends[0][0] == ends[1][0] and all(torch.equal(a, b) for a, b in zip(ends[0][1:], ends[1][1:]))

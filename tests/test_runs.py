@@ -29,6 +29,7 @@ import rollout as playing
 import sft
 import train
 from env import TASKS
+from games.game import GameError
 from lab import features
 from plumbing import adapters, card, checkpoint, errors, manifest
 from plumbing import settings as run_settings
@@ -51,8 +52,8 @@ from tests.common import (
 
 
 def refusal(command, capsys):
-    """What is said by a command that refuses: argparse's error, a ModelError, or its sentence at the end."""
-    with pytest.raises((SystemExit, ModelError)) as stop:
+    """What is said by a command that refuses: argparse's error, a ModelError or GameError, or its sentence at the end."""
+    with pytest.raises((SystemExit, ModelError, GameError)) as stop:
         command()
     return f"{stop.value} {capsys.readouterr().err}"
 
@@ -127,7 +128,7 @@ def test_a_notebook_and_a_thread_may_call_the_programs(monkeypatch, capsys):
     (["--task", "blackjack", "--eval-seed", "2147483647", "--eval-episodes", "2"], "training deals begin there"),
     (["--task", "blackjack", "--model", ""], "--model is empty"),
     (["--task", "blackjack", "--lr", "1e38"], "--lr 1e+38 is too large"),
-    (["--task", "poker"], "invalid choice")])
+    (["--task", "poker"], "there is no task 'poker': choose numberline")])
 def test_bad_settings_are_refused_in_words(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                             # where there is no run of that name
     assert message in refusal(lambda: run_settings.read_settings(Settings, "", arguments), capsys)
@@ -159,13 +160,13 @@ LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quant
 @pytest.mark.parametrize("cls", [Settings, sft.SFTSettings, features.FeatureSettings])
 def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
     """All that `resolve` fills in for a large model, the pocket one and each game is in --help, and the paper's."""
-    flags = {action.dest: action.help for action in run_settings.make_parser(cls)._actions}
-    assert set(flags) - {"help"} == {entry.name for entry in fields(cls) if entry.metadata["flag"]}
+    flags = {action.dest: action.help for action in reversed(run_settings.make_parser(cls)._actions)}
+    assert set(flags) - {"help"} == {entry.name for entry in fields(cls) if entry.metadata["help"]}
     tasks = TASKS if cls is not features.FeatureSettings else ("numberline", "points24")
     found = {(task, kind): resolve(cls, {"task": task}, model) for task in tasks
              for kind, model in (("large", LARGE), ("pocket", find_model("pocket", task)))}
     for entry in fields(cls):
-        if not entry.metadata["flag"]:
+        if not entry.metadata["help"]:
             continue
         meaning, _, told = flags[entry.name].partition(" [")
         assert meaning and meaning == entry.metadata["help"].replace("%", "%%")
@@ -173,7 +174,7 @@ def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
         if paper is not None and {entry.default, entry.metadata["pocket"]} - {paper, None}:
             assert f"the paper {paper}: " in flags[entry.name], entry.name
         told = told.removesuffix("]").split("; ")           # such as 0.2; pocket 0.5; the paper 0.1: a reason
-        if entry.name in ("task", "out", "model", "bits", "device"):           # the meaning tells it
+        if entry.name in ("task", "game", "out", "model", "bits", "device"):           # the meaning tells it
             continue
         for (task, kind), settings in found.items():
             value = getattr(settings, entry.name)
@@ -246,7 +247,7 @@ def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(tmp_path, ca
     settings = pocket_settings("ezpoints", seed=4, out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
     read = lambda *arguments: run_settings.read_settings(Settings, "", ["--out", str(tmp_path), *arguments])
-    assert "holds a run already" in refusal(lambda: read("--task", "ezpoints"), capsys)
+    assert "holds a run:" in refusal(lambda: read("--task", "ezpoints"), capsys)
     assert read("--resume") == (settings, True)
     assert "seed 4, not 5" in refusal(lambda: read("--resume", "--seed", "5"), capsys)
     assert "--micro-batch-size must be above 0" in refusal(lambda: read("--resume", "--micro-batch-size", "0"), capsys)
@@ -259,7 +260,7 @@ def test_supervised_fine_tuning_teaches_and_its_adapters_go_on(tmp_path, capsys)
     result = evaluation.evaluate(players.model_player(policy, 0), "numberline", 32, 0)
     assert result["success"] > 0.6                                      # from 27 %: the labels had no noise this time
     command = ["--task", "numberline", "--model", "pocket"]
-    assert "holds a run already" in refusal(lambda: sft.main([*command, "--out", str(tmp_path / "a")]), capsys)
+    assert "holds a run:" in refusal(lambda: sft.main([*command, "--out", str(tmp_path / "a")]), capsys)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "letter.txt").write_text("dear")
     assert "not empty" in refusal(lambda: sft.main([*command, "--out", str(tmp_path / "b")]), capsys)
@@ -349,7 +350,7 @@ DAMAGES = {             # what is done to a run's folder and its newest checkpoi
     "are there now (eval_start.json)": lambda run, last: (run / "eval_start.json").write_text('{"success": 1}'),
     "config.json cannot be used": lambda run, last: (run / "config.json").write_text('{"seed": '),
     "save_every is 1.5": lambda run, last: edit(run / "config.json", save_every=1.5),
-    "task is 'chess'": lambda run, last: edit(run / "config.json", task="chess"),
+    "there is no task 'chess'": lambda run, last: edit(run / "config.json", task="chess"),
     "adapter_config.json cannot be used": lambda run, last: (last / "adapter_config.json").write_text("{}")}
 
 
@@ -571,10 +572,10 @@ def test_eval_takes_no_settings_but_the_checkpoints_own(stopped_run, tmp_path, n
 
 def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(stopped_run[0], tmp_path / "run")
-    count, now = torch.get_num_threads(), manifest.versions()
+    count, now = torch.get_num_threads(), manifest.versions(Settings(task="numberline"))
     for left in ("checkpoint-000001.gone", "checkpoint-000003.part", "checkpoint-notes.part"):
         (tmp_path / "run" / left).mkdir()
-    monkeypatch.setattr(manifest, "versions", lambda: now | {"threads": count + 1, "torch": "9.0"})
+    monkeypatch.setattr(manifest, "versions", lambda _: now | {"threads": count + 1, "torch": "9.0"})
     train.main([*stopped_run[1][:2], "--out", str(tmp_path / "run"), "--resume"])
     said = capsys.readouterr().err
     assert f"threads {count} → {count + 1}" in said and "→ 9.0" in said and "code" not in said
@@ -806,7 +807,7 @@ def one_of_two(rank, port, folder):
     playing.score_rollout(run.policy, rollout, run.settings)
     playing.add_advantages(run.policy, rollout, run.settings)
     run.settings = replace(run.settings, num_envs=32)                   # the games of both
-    played = playing.play_metrics(rollout, run.settings) | playing.value_metrics(rollout)
+    played = playing.play_metrics(rollout, run.settings, run.games[0]) | playing.value_metrics(rollout)
     metrics = ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
     save_file({name: p.detach() for name, p in run.policy.trainable()}, Path(folder) / f"{rank}.safetensors")
     (Path(folder) / f"{rank}.json").write_text(json.dumps(played | metrics))
@@ -838,7 +839,7 @@ def test_two_processes_learn_what_one_does_from_both_halves(shipped, tmp_path, m
                 for batch in ppo.minibatches(32, 12, 2, half.shuffling)] for rank, half in enumerate(runs)]
     monkeypatch.setattr(ppo, "minibatches", lambda *_: [x + y for x, y in zip(*batches)])
     metrics = ppo.ppo_update(run.policy, run.optimizer, both, run.settings, run.shuffling)
-    metrics |= playing.play_metrics(both, run.settings) | playing.value_metrics(both)
+    metrics |= playing.play_metrics(both, run.settings, run.games[0]) | playing.value_metrics(both)
     assert 1 < metrics["minibatches"] < 6                               # the value head learned on alone, too
     start = dict(half_run(shipped).policy.trainable())
     for rank in (0, 1):

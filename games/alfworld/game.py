@@ -18,12 +18,13 @@ Does not handle: drawing (games/alfworld/scene.py), who knows what to do
 (games/alfworld/expert.py).
 """
 
+import math
 import weakref
 import zlib
 
-from games.alfworld import houses
+from games.alfworld import expert, houses
 from games.alfworld.expert import BADGES, kind_of
-from games.alfworld.houses import SPLITS
+from games.alfworld.houses import SPLITS, HouseError
 from games.alfworld.scene import draw_scene
 from games.game import Game
 
@@ -39,9 +40,10 @@ _spare = []
 class ALFWorld(Game):
     """A household task in text commands, at most 50 of them.
 
-    split: "train" or "held out" (games/alfworld/houses.py). scene_text: whether the prompt has the
-    engine's words beside the picture. all_commands: whether commands that change nothing are legal
-    too.
+    split: "train" or "held out" (games/alfworld/houses.py). houses: "small", dealt, of so many
+    receptacles (above 8 hard to read) and objects, or "data", $ALFWORLD_DATA's.
+    scene_text: whether the prompt has the engine's words beside the picture. all_commands: whether
+    commands that change nothing are legal too.
 
     Reward: 50 when the task is done, plus at every step the share of its goal conditions that hold
     (alfworld.env.tasks has them); −1 where an answer names no command (rollout.py adds that to what
@@ -60,6 +62,11 @@ class ALFWorld(Game):
     # so large is action_space; which texts they stand for legal_actions() says
     actions = range(256)
 
+    pocket = "pocket-alfworld"      # has another vocabulary
+    held_out_options = {"split": "held out"}
+    reading, thoughts = map(staticmethod, (expert.reading, expert.thoughts))
+    # the demonstrator's way, remembering nothing
+    scripts = {"heuristic": lambda _: lambda info: expert.next_step(info, memory=False)[1]}
     paper_settings = {"cot_lambda": 0.2, "total_timesteps": 5_000}
     # Returns of 50 become about 1, which value_lr and advantage_floor are for. Games are slower
     # than those of cards, and longer: fewer of them side by side, more steps of each.
@@ -80,8 +87,10 @@ class ALFWorld(Game):
         self.scene_text = scene_text
         self.all_commands = all_commands
         if houses not in ("small", "data") or split not in SPLITS:
-            raise ValueError(
+            raise HouseError(
                 f"houses is small or data, split one of {SPLITS}, not {houses!r} and {split!r}")
+        if houses == "data" and (receptacles, objects) != (5, 4):
+            raise HouseError("receptacles and objects are of dealt houses: houses=data has its own")
 
         # here, and not above: whoever makes no such game needs no engine
         from games.alfworld.engine import Engine
@@ -96,9 +105,19 @@ class ALFWorld(Game):
             return commands
         return tuple(command for command in commands if not command.startswith(EMPTY))
 
+    def best_actions(self, info):
+        """The demonstrator's next command alone, which goes by its memory; others may be as
+        good."""
+        return [expert.next_step(info)[1]]
+
     def state_text(self, info):
         text = f"Your task is to: {info['task']}"
         return f"{text}\n{info['scene']}" if self.scene_text else text
+
+    @property
+    def held_out_episodes(self):
+        # the data set holds out some 140 houses
+        return len(houses.data_files("held out")) if self.houses == "data" else math.inf
 
     # -- begin, play, go on
     def reset(self, *, seed=None, options=None):
@@ -106,7 +125,7 @@ class ALFWorld(Game):
         self.asked = seed if self.houses == "data" else None
         return super().reset(seed=seed, options=options)
 
-    def _deal(self):
+    def deal(self):
         drawn = int(self.np_random.integers(2**31))
         self.number = drawn if self.asked is None else self.asked
         self.commands = []
@@ -167,7 +186,7 @@ class ALFWorld(Game):
                 self._enter(self.house)
             raise
 
-    def _is_possible(self):
+    def is_possible(self):
         return (
             type(self.number) is int
             and self.number >= 0
@@ -176,11 +195,11 @@ class ALFWorld(Game):
             and len(self.commands) == self.steps
             and type(self.checksum) is int)
 
-    def _is_success(self):
+    def is_success(self):
         return bool(self.engine.won)
 
     # -- rewards
-    def _play(self, action):
+    def play(self, action):
         self.commands.append(action)
         self._send(action)
         return WON * self.engine.won + self.goal_share(), bool(self.engine.won)
@@ -234,7 +253,7 @@ class ALFWorld(Game):
                 contents[name] = sorted(thing for thing, where in lying if where == name)
         return contents
 
-    def _info(self):
+    def info(self):
         facts, house = self.engine.facts, self.house
         contents, near = self._contents(), self._near()
         held = next((name for _, name in facts.get("holds", ())), None)
@@ -264,5 +283,5 @@ class ALFWorld(Game):
             "commands": list(self.legal_actions()),
         }
 
-    def _draw(self):
-        return draw_scene(self._info())
+    def draw(self):
+        return draw_scene(self.info())

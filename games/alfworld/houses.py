@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+from games.game import GameError
+
 # kind of task: (what is done to the object before it is put away, where; how many objects)
 TASKS = {
     "pick_and_place_simple": (None, None, 1),
@@ -55,7 +57,7 @@ class House:
     pairs: frozenset        # (kind of object, kind of receptacle) that it lies in or belongs into
 
 
-class HouseError(ValueError):
+class HouseError(GameError):
     """A house that cannot be dealt or read; the message says why."""
 
 
