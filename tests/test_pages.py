@@ -21,7 +21,7 @@ import parse
 import ppo
 import rollout as playing
 import sft
-from env import GAMES, TASKS
+from env import GAMES, TASKS, find_game
 from plumbing import manifest
 from plumbing import settings as run_settings
 from plumbing.settings import Settings
@@ -29,7 +29,8 @@ from policy import Policy
 from tests.common import pocket_settings
 
 HERE = Path(__file__).parent.parent
-PAGES = ("README.md", "DIFFERENCES.md", "results/README.md", "results/LOG.md", "extras/README.md", "lab/README.md")
+PAGES = ("README.md", "DIFFERENCES.md", "results/README.md", "results/LOG.md", "extras/README.md", "lab/README.md",
+         "YOUR_OWN_GAME.md")
 
 
 def script_of(file):
@@ -199,6 +200,18 @@ def test_the_readmes_tables_are_made_of_the_result_files(make):
     assert stands_on(make.markdown(["tried", "times", "held"], survived)) == ["lab/README.md"]
 
 
+def table_of_own_games(make):
+    """RL on the games of YOUR_OWN_GAME.md, three seeds each, beside players on the same deals."""
+    games = {"GridWorld": "gridworld", "FrozenLake, dry": "frozenlake-dry", "FrozenLake, slippery": "frozenlake-slippery"}
+    players = {"uniform random": "random", "before RL": "start", "**PPO**": "", "exact policy": "expert"}
+    rows = [[text, *(make.cell(game, player) for game in games.values())] for text, player in players.items()]
+    return make.markdown(["success, %", *games], rows)
+
+
+def test_the_table_of_ones_own_games_is_made_of_the_result_files(make):
+    assert stands_on(table_of_own_games(make)) == ["YOUR_OWN_GAME.md"]
+
+
 def test_the_quick_start_prints_what_its_result_file_says():
     found = json.loads(read("results/bench/quick-start.json"))
     for name, key in (("start", "eval_start"), ("end", "eval")):
@@ -263,7 +276,7 @@ PARSERS = {
     "eval.py": evaluation.make_parser,
     "results/make.py": lambda: script_of("results/make.py").make_parser(),
     "-m lab.features": lambda: run_settings.make_parser(importlib.import_module("lab.features").FeatureSettings),
-    "-m lab.pocket_alfworld": lambda: importlib.import_module("lab.pocket").make_parser(),
+    "-m lab.pocket_alfworld": lambda: importlib.import_module("lab.pocket").bare_parser(""),
     "-m lab.shapes": argparse.ArgumentParser} | {       # which takes nothing
     f"-m lab.{name}": lambda name=name: importlib.import_module(f"lab.{name}").make_parser()
     for name in ("pocket", "bench", "torture", "rehearsal")}
@@ -290,10 +303,14 @@ def test_each_result_belongs_to_its_command(make):
         if config["task"] == "alfworld":                    # whose pocket model has a name of its own
             given["model"] = given["model"].replace("pocket", "pocket-alfworld")
         steps = given.get("total_timesteps", 5_000 if config["task"] == "alfworld" else 15_000)
+        if "game" in given:
+            given["game"] = [*given["game"]]                # as JSON has it
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == steps, name
         assert len(run["metrics"]) == len(run["transcripts"]) == steps // 512 and end["seed"] == 10_000, name
-        assert end["episodes"] == {"blackjack": 10_000, "alfworld": 500}.get(config["task"], 1000), name
-        assert file.stem.startswith(config["task"]) and file.stem.endswith(f"-seed{config['seed']}")
+        games = {"blackjack": 10_000, "alfworld": 500, "frozenlake-dry": 200, "frozenlake-slippery": 300}
+        kind = file.stem.partition("-seed")[0]
+        assert end["episodes"] == games.get(kind, games.get(config["task"], 1000)), name
+        assert file.stem.startswith(find_game(config["task"]).__name__.lower()) and file.stem.endswith(f"-seed{config['seed']}")
         # what its name says is in its settings
         assert ("imitation" in file.stem) == bool(config.get("imitation")), name
         assert ("no-cot" in file.stem or "features" in file.stem) == (not config.get("cot")), name
@@ -311,9 +328,9 @@ def test_the_main_tables_runs_have_todays_defaults(name):
 
 def test_run_all_makes_the_runs_that_are_stored(make):
     """Its lines parse today, and what they ask for is in the stored runs' settings; every stored run has a line."""
-    script, asks = read("results/run_all.sh").partition("\nexport -f")[0], 'python -c "import alfworld" 2> /dev/null'
-    assert script.count(asks) == 1
-    listing = ["bash", "-c", script.replace(asks, "true") + "\nall_runs"]
+    script, asks = read("results/run_all.sh").partition("\nexport -f")[0], r'python -c "import \w+" \S*> /dev/null'
+    assert len(re.findall(asks, script)) == 2
+    listing = ["bash", "-c", re.sub(asks, "true", script) + "\nall_runs"]
     lines = subprocess.run(listing, cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
     stored = {file.stem: json.loads(file.read_text()) for file in (HERE / "results" / "runs").glob("*.json")}
     known, seen = make.baselines(), set()
@@ -321,7 +338,7 @@ def test_run_all_makes_the_runs_that_are_stored(make):
         kind, name, games, *words = shlex.split(line)
         if kind == "evaluate":
             options, found = PARSERS["eval.py"]().parse_args(words), known.get(name, {})
-            assert name.startswith(options.task) and found.get("episodes", int(games)) == int(games), name
+            assert name.startswith(find_game(options.task).__name__.lower()) and found.get("episodes", int(games)) == int(games), name
             assert not options.policy or found.get("policy", options.policy) == options.policy, name
             continue
         if kind == "best":                      # supervised fine-tuning's steps first; run_all.sh adds the task
@@ -331,7 +348,8 @@ def test_run_all_makes_the_runs_that_are_stored(make):
         if name in stored:
             seen.add(name)
             config = stored[name]["config"]
-            assert {key: config[key] for key in given} == given, name
+            assert {key: config[key] for key in given} == {
+                key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}, name
             assert stored[name]["eval"]["episodes"] == int(games), name
     assert seen == set(stored)
 
