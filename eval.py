@@ -31,7 +31,8 @@ from games.statistics import Decision, decision_statistics, rate, wilson
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.checkpoint import write_whole
 from plumbing.errors import ModelError, as_model_error, in_words, printable, say
-from plumbing.settings import Settings, add_flags, resolve
+from plumbing.flags import add_flags
+from plumbing.settings import Settings, resolve
 
 BASELINES = Path(__file__).parent / "results" / "baselines.json"
 HANDFUL = 8         # answers, none of them usable: rather a broken set-up than a weak model

@@ -17,9 +17,10 @@ from env import find_game
 from plumbing.adapters import load_value_head
 from plumbing.checkpoint import newest_checkpoint
 from plumbing.errors import ModelError
+from plumbing.flags import stored_settings
 from plumbing.loading import find_model, load_policy
 from plumbing.manifest import check
-from plumbing.settings import Settings, resolve, stored_settings
+from plumbing.settings import Settings, resolve
 from rollout import Choice, act
 
 # The settings that an evaluation goes by.

@@ -42,9 +42,10 @@ from plumbing.checkpoint import (
     write_whole,
 )
 from plumbing.errors import ModelError, as_model_error, in_words, say
+from plumbing.flags import read_settings, stored_settings
 from plumbing.loading import find_model, load_policy
 from plumbing.manifest import check, plain, write_manifest
-from plumbing.settings import ModelSettings, read_settings, setting, stored_settings
+from plumbing.settings import ModelSettings, setting
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class SFTSettings(ModelSettings):
     steps: int = setting(300, "optimiser steps")
     batch_size: int = setting(64, "demonstrations per optimiser step")
     micro_batch_size: int = setting(
-        4, "demonstrations per forward pass, for memory", pocket=16)
+        4, "demonstrations per forward pass, for memory", small=16)
     lr: float = setting(
-        2e-5, "at its height, after a warm-up", pocket=5e-4, paper=2e-5,
+        2e-5, "at its height, after a warm-up", small=5e-4, paper=2e-5,
         why="a small model learns faster")
     seed: int = setting(0, "fixes demonstrations and adapters")
     save_every: int = setting(50, "a checkpoint every so many steps")

@@ -35,9 +35,10 @@ from plumbing.checkpoint import (
     write_whole,
 )
 from plumbing.errors import ModelError, as_model_error, in_words, say
+from plumbing.flags import read_settings
 from plumbing.loading import find_model, load_policy
 from plumbing.report import Report, draw_curve
-from plumbing.settings import ModelSettings, Settings, read_settings, resolve
+from plumbing.settings import ModelSettings, Settings, resolve
 from ppo import ppo_update
 from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
 from sft import SFTSettings, answer_parameters, run_sft

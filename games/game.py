@@ -119,6 +119,11 @@ class Game(gymnasium.Env):
         """The sentence that says what the picture shows, as demonstrations word it."""
         return None
 
+    def reads(self, info, text) -> bool | None:
+        """Whether a text says what the picture shows; None where the game has no words for it."""
+        said = self.reading(info)
+        return None if said is None else said in text
+
     def thoughts(self, info, action) -> str | None:
         """The chain of thought that ends in choosing `action`, right or not."""
         return None

@@ -65,5 +65,5 @@ def decision_statistics(game, decisions, cot):
 
 def reads_right(game, answers) -> list[bool]:
     """Whether answers [(text, info)] say what the picture shows; [] where the game has no words."""
-    return [
-        said in text for text, info in answers if (said := game.reading(info)) is not None]
+    found = [game.reads(info, text) for text, info in answers]
+    return [right for right in found if right is not None]

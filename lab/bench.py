@@ -30,9 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab.shapes import byte_processor, llava_7b_config, random_model
 from plumbing.adapters import PolicyFiles
 from plumbing.errors import in_words
+from plumbing.flags import add_flags
 from plumbing.loading import find_model
 from plumbing.memory import ANSWER_TOKENS, memory_plan, peak, prompt_size
-from plumbing.settings import Settings, add_flags, resolve
+from plumbing.settings import Settings, resolve
 from policy import Policy
 from ppo import ppo_update
 from rollout import add_advantages, collect, score_rollout

@@ -10,7 +10,7 @@ Does not handle: words; what is not in the picture (all four games show their st
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +28,7 @@ from train import launch
 
 def fixed(default):
     """A field that is no flag: what only a language model could choose."""
-    names = ("help", "pocket", "paper", "why", "choices")
-    return field(default=default, metadata=dict.fromkeys(names))
+    return setting(default, help=None)
 
 
 @dataclass(frozen=True)

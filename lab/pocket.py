@@ -34,7 +34,8 @@ from families import save_processor
 from parse import make_answer
 from plumbing.checkpoint import put_in_place, unfinished
 from plumbing.errors import ModelError, in_words
-from plumbing.settings import Settings, add_flags
+from plumbing.flags import add_flags
+from plumbing.settings import Settings
 from policy import Policy, load_model
 from sft import Demonstration, demonstrations, finetune, mixed
 
@@ -119,13 +120,13 @@ def make_processor(tokenizer, side=SIDE, patch=PATCH, chat_template=CHAT_TEMPLAT
         chat_template=chat_template, num_additional_image_tokens=1)
 
 
-def llava_config(vision, text, tokenizer, vision_feature_layer):
+def llava_config(vision, text, tokenizer, vision_feature_layer, tied=False):
     """The configuration of a LLaVA-NeXT of a vision tower and a language model."""
     return LlavaNextConfig(
         vision_config=vision, text_config=text, vision_feature_layer=vision_feature_layer,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.image_token_id,
         image_grid_pinpoints=[[vision.image_size, vision.image_size]],
-        vision_feature_select_strategy="default", tie_word_embeddings=False)
+        vision_feature_select_strategy="default", tie_word_embeddings=tied)
 
 
 def make_model(processor, seed=0, hidden=128, heads=4, vision_layers=3, text_layers=2):

@@ -64,9 +64,10 @@ def flags_of(settings, names=None):
         value, flag = getattr(settings, entry.name), entry.name.replace("_", "-")
         # a default that depends on model or game is named, whatever it is
         depends = entry.name in game.paper_settings | game.preferred_settings
+        by_size = {entry.metadata["small"], entry.metadata["pocket"]} != {None}
         if entry.name in ("task", "model", "device", *settings.changeable) or (
                 names and entry.name not in names) or (
-                value == entry.default and entry.metadata["pocket"] is None and not depends):
+                value == entry.default and not by_size and not depends):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -41,9 +41,16 @@ class FoundModel:
     why: str                # what to tell the user of it
 
     @property
-    def is_pocket(self):
-        """Whether it knows a game's phrases and no language, which takes more tokens."""
-        return self.config.get_text_config().vocab_size < 2000
+    def size(self):
+        """Which defaults fit: "pocket", "small" or "large" (plumbing/settings.py).
+
+        A pocket model knows a game's phrases and no language, which takes more tokens. A small one
+        has some hundred million weights, as SmolVLM's 256M and 500M.
+        """
+        text = self.config.get_text_config()
+        if text.vocab_size < 2000:
+            return "pocket"
+        return "small" if text.hidden_size < 1024 else "large"
 
     @property
     def is_taught(self):

@@ -62,6 +62,12 @@ def free_bytes(device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it: without them bfloat16 is slower than fp32."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def check_weights(name, bits, device, stored_bits):
     """Refuse weights that cannot fit, before a download and before the machine swaps."""
     needed = stored_bytes(name) * bits / stored_bits
@@ -109,7 +115,7 @@ def first_that_fits(config, settings, size, total, free=CHOSEN):
 
 def memory_note(model, settings) -> str:
     """What to tell of a large model before it is loaded: its download, whether training fits."""
-    if model.device == "cpu" or model.is_pocket or not settings.rank:
+    if model.device == "cpu" or model.size == "pocket" or not settings.rank:
         return ""
     note = ""
     stored = 0 if Path(model.folder).is_dir() else stored_bytes(model.folder)

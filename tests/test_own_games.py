@@ -21,14 +21,17 @@ import sft
 import train
 from env import GAMES, TASKS, check_game, find_game, make_game
 from extras import viewer
-from games import outside
+from games import outside, statistics
 from games.game import SIZE, Game, GameError
+from games.statistics import Decision
 from lab import pocket
 from plumbing import card, loading, manifest
-from plumbing.settings import Settings, read_settings, resolve
+from plumbing.flags import read_settings
+from plumbing.settings import Settings, resolve
 from tests.common import HERE, run_metrics
 
 GRID = "examples/gridworld.py:GridWorld"
+WORDS = "examples/own_words.py:OwnWords"
 LAKE = "examples/frozenlake.py:FrozenLake"
 FROZEN = ["--task", "gymnasium:FrozenLake-v1", "--actions", "left,down,right,up"]
 QUOTE = '"'
@@ -352,6 +355,25 @@ def test_the_frozen_lakes_policy_is_the_exact_one():
 
 
 PAGE = (HERE / "YOUR_OWN_GAME.md").read_text()
+
+
+def test_own_words_are_true_and_told_by_what_they_say():
+    """Sixteen wordings of each state, none of which names the choice; another state's numbers are no reading of it."""
+    game = make_game(WORDS)
+    states = [{"target": target, "current": current} for target in range(6) for current in range(6) if target != current]
+    told = lambda info, text: game.statistics([], [Decision(0, info, SimpleNamespace(text=text))])["compare_rate"]
+    for info in states:
+        said = {game.thoughts(info, "+") for _ in range(200)}
+        assert len(said) == 16 and not any("choose" in text or "+" in text for text in said)
+        for text in said:
+            assert [other for other in states if game.reads(other, text)] == [info], text
+            mirrored = {"target": info["current"], "current": info["target"]}
+            rates = [told(info, text), told(mirrored, text), told(info, f"{text} It is greater, it is smaller.")]
+            assert rates == [1, 0, 0], text
+    assert make_game("numberline").reads(states[0], "Well. " + make_game("numberline").reading(states[0]))
+    assert not game.reads(states[0], "") and statistics.reads_right(Game(), [("", {})]) == []
+    one, other = (sft.demonstrations(WORDS, 0, 1.0) for _ in range(2))
+    assert [next(one).answer for _ in range(9)] == [next(other).answer for _ in range(9)]
 
 
 def test_the_pages_game_is_a_game(tmp_path):

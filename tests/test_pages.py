@@ -22,8 +22,7 @@ import ppo
 import rollout as playing
 import sft
 from env import GAMES, TASKS, find_game
-from plumbing import manifest
-from plumbing import settings as run_settings
+from plumbing import flags, manifest
 from plumbing.settings import Settings
 from policy import Policy
 from tests.common import pocket_settings
@@ -235,7 +234,7 @@ def test_figures_draw_what_the_files_say(make, monkeypatch):
     assert steps.tolist() == [0, 8, 16] and np.array_equal(success, [[50, np.nan, 100]], equal_nan=True)
     drawn = {}
     monkeypatch.setattr(make.pyplot.Figure, "savefig", lambda figure, path, **_: drawn.update({path.name: figure}))
-    make.draw_curves()
+    make.draw_curves("curves.png")
     for axes, task in zip(drawn["curves.png"].axes, make.TASKS, strict=True):
         ppo, no_cot = (line for line in axes.lines if line.get_label().startswith("PPO"))
         for line, variant in ((ppo, ""), (no_cot, "no-cot")):
@@ -271,13 +270,13 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
 
 # ---- runs and their commands -------------------------------------------------------------------
 PARSERS = {
-    "train.py": lambda: run_settings.make_parser(Settings),
-    "sft.py": lambda: run_settings.make_parser(sft.SFTSettings),
+    "train.py": lambda: flags.make_parser(Settings),
+    "sft.py": lambda: flags.make_parser(sft.SFTSettings),
     "eval.py": evaluation.make_parser,
     "results/make.py": lambda: script_of("results/make.py").make_parser(),
-    "-m lab.features": lambda: run_settings.make_parser(importlib.import_module("lab.features").FeatureSettings),
-    "-m lab.pocket_alfworld": lambda: importlib.import_module("lab.pocket").bare_parser(""),
+    "-m lab.features": lambda: flags.make_parser(importlib.import_module("lab.features").FeatureSettings),
     "-m lab.shapes": argparse.ArgumentParser} | {       # which takes nothing
+    f"-m lab.{name}": lambda: importlib.import_module("lab.pocket").bare_parser("") for name in ("pocket_alfworld", "smol")} | {
     f"-m lab.{name}": lambda name=name: importlib.import_module(f"lab.{name}").make_parser()
     for name in ("pocket", "bench", "torture", "rehearsal")}
 
@@ -306,11 +305,14 @@ def test_each_result_belongs_to_its_command(make):
         if "game" in given:
             given["game"] = [*given["game"]]                # as JSON has it
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == steps, name
-        assert len(run["metrics"]) == len(run["transcripts"]) == steps // 512 and end["seed"] == 10_000, name
+        assert len(run["metrics"]) == len(run["transcripts"]) == steps // (
+            config["num_envs"] * config["num_steps"]) and end["seed"] == 10_000, name
         games = {"blackjack": 10_000, "alfworld": 500, "frozenlake-dry": 200, "frozenlake-slippery": 300}
         kind = file.stem.partition("-seed")[0]
-        assert end["episodes"] == games.get(kind, games.get(config["task"], 1000)), name
-        assert file.stem.startswith(find_game(config["task"]).__name__.lower()) and file.stem.endswith(f"-seed{config['seed']}")
+        games |= {"smol-blackjack": 1000, "smol-blackjack-no-cot": 1000}
+        assert end["episodes"] == games.get(kind, 200 if kind.startswith("smol-") else games.get(config["task"], 1000)), name
+        game = find_game(config["task"]).__name__.lower()
+        assert file.stem.removeprefix("smol-").startswith(game) and file.stem.endswith(f"-seed{config['seed']}")
         # what its name says is in its settings
         assert ("imitation" in file.stem) == bool(config.get("imitation")), name
         assert ("no-cot" in file.stem or "features" in file.stem) == (not config.get("cot")), name
@@ -329,16 +331,17 @@ def test_the_main_tables_runs_have_todays_defaults(name):
 def test_run_all_makes_the_runs_that_are_stored(make):
     """Its lines parse today, and what they ask for is in the stored runs' settings; every stored run has a line."""
     script, asks = read("results/run_all.sh").partition("\nexport -f")[0], r'python -c "import \w+" \S*> /dev/null'
-    assert len(re.findall(asks, script)) == 2
+    assert len(re.findall(asks, script)) == 3
     listing = ["bash", "-c", re.sub(asks, "true", script) + "\nall_runs"]
     lines = subprocess.run(listing, cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
     stored = {file.stem: json.loads(file.read_text()) for file in (HERE / "results" / "runs").glob("*.json")}
     known, seen = make.baselines(), set()
     for line in lines:
         kind, name, games, *words = shlex.split(line)
-        if kind == "evaluate":
+        if kind in ("evaluate", "smol_start"):
             options, found = PARSERS["eval.py"]().parse_args(words), known.get(name, {})
-            assert name.startswith(find_game(options.task).__name__.lower()) and found.get("episodes", int(games)) == int(games), name
+            game = find_game(options.task).__name__.lower()
+            assert name.removeprefix("smol-").startswith(game) and found.get("episodes", int(games)) == int(games), name
             assert not options.policy or found.get("policy", options.policy) == options.policy, name
             continue
         if kind == "best":                      # supervised fine-tuning's steps first; run_all.sh adds the task

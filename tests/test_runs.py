@@ -31,8 +31,7 @@ import train
 from env import TASKS
 from games.game import GameError
 from lab import features
-from plumbing import adapters, card, checkpoint, errors, manifest
-from plumbing import settings as run_settings
+from plumbing import adapters, card, checkpoint, errors, flags, manifest
 from plumbing.errors import ModelError
 from plumbing.loading import POCKET, find_model
 from plumbing.settings import Settings, departures, resolve
@@ -131,14 +130,14 @@ def test_a_notebook_and_a_thread_may_call_the_programs(monkeypatch, capsys):
     (["--task", "poker"], "there is no task 'poker': choose numberline")])
 def test_bad_settings_are_refused_in_words(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                             # where there is no run of that name
-    assert message in refusal(lambda: run_settings.read_settings(Settings, "", arguments), capsys)
+    assert message in refusal(lambda: flags.read_settings(Settings, "", arguments), capsys)
 
 
 def test_parts_in_any_order_are_one_setting(tmp_path, capsys):
-    parse_parts = lambda text: run_settings.read_settings(Settings, "", ["--task", "numberline", "--out", str(tmp_path),
+    parse_parts = lambda text: flags.read_settings(Settings, "", ["--task", "numberline", "--out", str(tmp_path),
                                                                          "--target-modules", text])[0].target_modules
     assert parse_parts("language,vision") == parse_parts("vision,language,language") == ("vision", "language")
-    found, resume = run_settings.read_settings(Settings, "", ["--task", "numberline", "--resume", "--out",
+    found, resume = flags.read_settings(Settings, "", ["--task", "numberline", "--resume", "--out",
                                                               str(tmp_path / "none")])
     assert not resume and found.task == "numberline" and "this starts one" in capsys.readouterr().out
 
@@ -153,33 +152,35 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_made(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-LARGE = SimpleNamespace(name="large", is_pocket=False, is_taught=False, is_quantised=False, adapter_flags={},
+LARGE = SimpleNamespace(name="large", size="large", is_taught=False, is_quantised=False, adapter_flags={},
                         device="cpu")
+SMALL = SimpleNamespace(**vars(LARGE) | {"size": "small"})
 
 
 @pytest.mark.parametrize("cls", [Settings, sft.SFTSettings, features.FeatureSettings])
 def test_every_setting_has_a_flag_with_its_meaning_and_its_default(cls):
     """All that `resolve` fills in for a large model, the pocket one and each game is in --help, and the paper's."""
-    flags = {action.dest: action.help for action in reversed(run_settings.make_parser(cls)._actions)}
-    assert set(flags) - {"help"} == {entry.name for entry in fields(cls) if entry.metadata["help"]}
+    helps = {action.dest: action.help for action in reversed(flags.make_parser(cls)._actions)}
+    assert set(helps) - {"help"} == {entry.name for entry in fields(cls) if entry.metadata["help"]}
     tasks = TASKS if cls is not features.FeatureSettings else ("numberline", "points24")
     found = {(task, kind): resolve(cls, {"task": task}, model) for task in tasks
-             for kind, model in (("large", LARGE), ("pocket", find_model("pocket", task)))}
+             for kind, model in (("large", LARGE), ("small", SMALL), ("pocket", find_model("pocket", task)))}
     for entry in fields(cls):
         if not entry.metadata["help"]:
             continue
-        meaning, _, told = flags[entry.name].partition(" [")
+        meaning, _, told = helps[entry.name].partition(" [")
         assert meaning and meaning == entry.metadata["help"].replace("%", "%%")
         paper = entry.metadata["paper"]
-        if paper is not None and {entry.default, entry.metadata["pocket"]} - {paper, None}:
-            assert f"the paper {paper}: " in flags[entry.name], entry.name
+        if paper is not None and {entry.default, entry.metadata["small"], entry.metadata["pocket"]} - {paper, None}:
+            assert f"the paper {paper}: " in helps[entry.name], entry.name
         told = told.removesuffix("]").split("; ")           # such as 0.2; pocket 0.5; the paper 0.1: a reason
         if entry.name in ("task", "game", "out", "model", "bits", "device"):           # the meaning tells it
             continue
         for (task, kind), settings in found.items():
             value = getattr(settings, entry.name)
             own = [line for line in told if line.startswith(f"{task} ")]
-            own += [line for line in told if kind == "pocket" and line.startswith("pocket ")]
+            columns = {"pocket": ("pocket", "small"), "small": ("small",), "large": ()}[kind]
+            own += [line for size in columns for line in told if line.startswith(f"{size} ")]
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             assert (own or told)[0].split()[-1] == text, (entry.name, task, kind)
 
@@ -210,7 +211,8 @@ def test_of_several_defaults_the_nearest_wins(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [Settings, sft.SFTSettings])
-def test_resolved_settings_are_complete_and_frozen(cls):
+def test_resolved_settings_are_complete_and_frozen(cls, monkeypatch):
+    monkeypatch.setattr("plumbing.settings.multiplies_bfloat16", lambda: False)
     for task in TASKS:
         for model in (LARGE, find_model("pocket", task)):
             for given in ({}, {"bits": "auto"}):
@@ -219,6 +221,17 @@ def test_resolved_settings_are_complete_and_frozen(cls):
                 assert not open_ones and found.bits == "32"
                 with pytest.raises(dataclasses.FrozenInstanceError):
                     found.seed = 2
+
+
+def test_a_cpu_takes_16_bits_where_it_multiplies_them(monkeypatch):
+    """Not of the pocket model, which is as fast in 32, and not where all weights learn."""
+    has, bits = {}, lambda model, cls=Settings, **given: resolve(cls, {"task": "blackjack", **given}, model).bits
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert [bits(model) for model in (LARGE, SMALL, find_model("pocket"))] == ["32", "32", "32"]
+    has["avx512_bf16"] = True
+    assert [bits(model) for model in (LARGE, SMALL, find_model("pocket"))] == ["16", "16", "32"]
+    assert bits(SMALL, sft.SFTSettings) == "16" and bits(SMALL, sft.SFTSettings, full=True) == "32"
+    assert bits(SMALL, bits="32") == "32"
 
 
 def test_what_is_not_the_papers_is_told():
@@ -240,13 +253,13 @@ def test_what_is_not_the_papers_is_told():
 def test_a_cards_flags_make_the_same_run_of_the_pocket_model(tmp_path):
     settings = pocket_settings("blackjack", lr=1e-5, temperature=0.2, out=str(tmp_path))
     command = ["--task", "blackjack", "--model", "pocket", "--out", str(tmp_path), *card.flags_of(settings)]
-    assert run_settings.read_settings(Settings, "", command)[0] == settings
+    assert flags.read_settings(Settings, "", command)[0] == settings
 
 
 def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(tmp_path, capsys):
     settings = pocket_settings("ezpoints", seed=4, out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
-    read = lambda *arguments: run_settings.read_settings(Settings, "", ["--out", str(tmp_path), *arguments])
+    read = lambda *arguments: flags.read_settings(Settings, "", ["--out", str(tmp_path), *arguments])
     assert "holds a run:" in refusal(lambda: read("--task", "ezpoints"), capsys)
     assert read("--resume") == (settings, True)
     assert "seed 4, not 5" in refusal(lambda: read("--resume", "--seed", "5"), capsys)

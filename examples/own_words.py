@@ -1,0 +1,64 @@
+"""NumberLine whose demonstrations think in many words, and do not say what they choose.
+
+    python sft.py --task examples/own_words.py:OwnWords --model runs/smol --label-noise 1
+    python train.py --task examples/own_words.py:OwnWords --model runs/ownwords-sft-seed0
+
+The game's own thoughts are one sentence that ends in "I choose +.", so the action's tokens only
+copy it and λ has nothing to weigh. Here a thought is one of 16 and leaves the choice to the
+action's tokens: taught with random labels, they are a coin's throw before RL. Whether a thought is
+true is told by what it says, not by its words.
+"""
+
+import re
+
+import numpy as np
+
+from env import NumberLine
+from games.statistics import rate
+
+READINGS = (
+    "The target is {target} and the current number is {current}.",
+    "I am at {current} and I have to get to {target}.",
+    "In the picture my number is {current}, but it should be {target}.",
+    "The two numbers that I can see are {current}, where I stand now, and {target}, the goal.",
+)
+# of a target that is greater, and of one that is smaller
+COMPARISONS = (
+    ("The target is greater.", "The target is smaller."),
+    ("So I am still {far} too low.", "So I am still {far} too high."),
+    ("As {target} is more than {current}, I have to go up.",
+     "As {target} is less than {current}, I have to go down."),
+    ("That is {far} above me, which is where I should go next.",
+     "That is {far} below me, which is where I should go next."),
+)
+# what a text says of either number and of which is greater, in any of these words
+TARGET = re.compile(r"(?:target is|get to|should be|and) (\d+)")
+CURRENT = re.compile(r"(?:number is|I am at|see are) (\d+)")
+GREATER = re.compile(r"greater|too low|more than|above")
+SMALLER = re.compile(r"smaller|too high|less than|below")
+
+
+class OwnWords(NumberLine):
+    pocket = None               # its pocket model knows one sentence
+
+    def __init__(self, max_position=5, render_mode=None):
+        super().__init__(max_position, render_mode)
+        self.words = np.random.default_rng(0)       # demonstrations' wording; no part of the game
+
+    def thoughts(self, info, action):
+        reading = READINGS[self.words.integers(len(READINGS))]
+        comparison = COMPARISONS[self.words.integers(len(COMPARISONS))]
+        said = f"{reading} {comparison[info['target'] < info['current']]}"
+        far = abs(info["target"] - info["current"])
+        return said.format(target=info["target"], current=info["current"], far=far)
+
+    def reads(self, info, text):
+        return (set(TARGET.findall(text)) == {str(info["target"])}
+                and set(CURRENT.findall(text)) == {str(info["current"])})
+
+    def statistics(self, decisions, thinking):
+        """compare_rate: how often the thoughts say rightly, and only, which number is greater."""
+        def compares(info, text):
+            said = bool(GREATER.search(text)), bool(SMALLER.search(text))
+            return said == (info["target"] > info["current"], info["target"] < info["current"])
+        return {"compare_rate": rate(compares(info, choice.text) for _, info, choice in thinking)}
