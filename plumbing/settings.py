@@ -220,10 +220,10 @@ def resolve(cls, given: dict, model=None):
         values |= {"rank": 0, "target_modules": ()}
     if values["device"] == "auto":
         values["device"] = model.device.partition(":")[0] if model else "cpu"
-    pocket = model is None or model.size == "pocket" or values.get("full")
-    on_cpu = pocket or model.device == "cpu"
+    needs_32 = model is None or model.size == "pocket" or values.get("full")
+    on_cpu = needs_32 or model.device == "cpu"
     if values["bits"] == "auto" and on_cpu:
-        values["bits"] = "32" if pocket or not multiplies_bfloat16() else "16"
+        values["bits"] = "32" if needs_32 or not multiplies_bfloat16() else "16"
     settings = cls(**{name: value for name, value in values.items() if name in entries})
     if problem := settings.problem():
         raise ModelError(problem)

@@ -78,24 +78,24 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
     train "$name" "$games" "$@" --model "$start" --seed "${name##*seed}"
 }
 
-smol_model() {   # makes SmolLM2 in a LLaVA (lab/smol.py; its package comes first), and the one that thinks in own words
+smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and what a run on own words starts from
     local words="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120 --batch-size 16"
     mkdir -p runs
     exec 8> runs/smol.lock; flock 8                             # the others wait for the one that makes it
     export OMP_NUM_THREADS=$(nproc --all)
     [ -d runs/smol ] || python -m lab.smol --out runs/smol > runs/smol.log 2>&1 || { echo "failed: runs/smol.log"; return 1; }
-    [ -f runs/smol-words/adapter_config.json ] || python sft.py $words --model runs/smol --out runs/smol-words \
+    [[ $1 != *ownwords* || -f runs/smol-words/adapter_config.json ]] || python sft.py $words --model runs/smol --out runs/smol-words \
         > runs/smol-words.log 2>&1 || { echo "failed: runs/smol-words.log"; return 1; }
     export OMP_NUM_THREADS=1
     flock -u 8
 }
 
 smol() {   # smol NAME GAMES ARGUMENTS…: RL on it
-    [ -f "results/runs/$1.json" ] || { smol_model && train "$@" --total-timesteps 4096; }
+    [ -f "results/runs/$1.json" ] || { smol_model "$1" && train "$@" --total-timesteps 4096; }
 }
 
 smol_start() {   # smol_start NAME GAMES ARGUMENTS…: held-out games before RL
-    grep -q "^\"$1\":" results/baselines.json || { smol_model && evaluate "$@"; }
+    grep -q "^\"$1\":" results/baselines.json || { smol_model "$1" && evaluate "$@"; }
 }
 
 all_runs() {
@@ -183,9 +183,12 @@ all_runs() {
     if python -c "import gguf" 2> /dev/null; then
         games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
         for task in numberline blackjack ezpoints; do
+            echo evaluate smol-$task-random ${games[$task]} --task $task --policy random
+            echo evaluate smol-$task-expert ${games[$task]} --task $task --policy expert
             echo smol_start smol-$task-start ${games[$task]} --task $task --model runs/smol --temperature 0.5
             echo smol_start smol-$task-start-no-cot ${games[$task]} --task $task --model runs/smol --temperature 0.5 --no-cot
         done
+        echo evaluate smol-blackjack-below-12 ${games[blackjack]} --task blackjack --policy below:12
         for seed in 1 2 3; do
             for task in numberline blackjack; do
                 echo smol smol-$task-seed$seed ${games[$task]} --model runs/smol --task $task --seed $seed

@@ -665,8 +665,8 @@ def test_ratio_is_one_in_bf16_at_depth(mistral, shapes):
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_ratio_is_one_in_bf16_at_depth_in_every_family(kind, tmp_path, monkeypatch):
-    """16 layers; prompts and answers of many lengths, in other company. No attention of the language model has a mask
-    but Gemma's, whose pictures' tokens see each other."""
+    """16 layers; prompts and answers of many lengths, in other company: with the attention that a CPU takes and with a
+    GPU's, where none of the language model's has a mask but Gemma's, whose pictures' tokens see each other."""
     tiny_models.make(kind, tmp_path, layers=16)
     agent = Policy(*load_model(str(tmp_path), bits=16), rank=2, temperature=0.2)
     shake(agent, size=0.02)
@@ -679,10 +679,14 @@ def test_ratio_is_one_in_bf16_at_depth_in_every_family(kind, tmp_path, monkeypat
     options = Settings(task="points24", micro_batch_size=2, minibatch_size=3)
     rollout = playing.Rollout(*torch.zeros(3, 1, 6), prompts, responses, action_starts=torch.arange(6) % 3)
     rollout.shapes = playing.padded_shapes(prompts, responses, options)
-    playing.score_rollout(agent, rollout, options)
+    text = agent.model.config.get_text_config()
+    assert text._attn_implementation == "eager"
+    for text._attn_implementation in ("eager", "sdpa"):
+        masks.clear()
+        playing.score_rollout(agent, rollout, options)
+        assert largest_ratio_error(agent, rollout, [0], [5, 1, 3], [4, 2]) == 0
     assert len({len(prompt.ids) for prompt in prompts}) == 3 and masks
     assert all(mask is None for mask in masks) == (kind != "gemma3")
-    assert largest_ratio_error(agent, rollout, [0], [5, 1, 3], [4, 2]) == 0
 
 
 @pytest.mark.parametrize("config, message", [
