@@ -292,8 +292,8 @@ class Policy(nn.Module):
         """Hidden states at T places (B, T, D), the first of them each prompt's last token.
 
         subtle: padded on the right and without a mask. No token sees what comes after it (Gemma's
-        pictures apart), so padding is seen by none that counts, and attention has its fastest
-        kernels.
+        pictures apart), so padding is seen by none that counts, and a GPU's attention has its
+        fastest kernels.
         """
         ids, _, positions = self._side_by_side(prompts, texts, length)
         # subtle: with gradients and without it is compiled to two programs, which may round

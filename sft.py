@@ -303,6 +303,7 @@ def clean_up(folder):
 
 
 def main(arguments=None):
+    torch.set_flush_denormal(True)      # as train.py's launch
     with in_words():
         settings, resume = read_settings(SFTSettings, __doc__, arguments)
     folder = Path(settings.out)

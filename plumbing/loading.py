@@ -45,7 +45,7 @@ class FoundModel:
         """Which defaults fit: "pocket", "small" or "large" (plumbing/settings.py).
 
         A pocket model knows a game's phrases and no language, which takes more tokens. A small one
-        has some hundred million weights, as SmolVLM's 256M and 500M.
+        has a width below 1024 and so some hundred million weights, as SmolVLM's 256M and 500M.
         """
         text = self.config.get_text_config()
         if text.vocab_size < 2000:

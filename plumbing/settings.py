@@ -20,8 +20,9 @@ def setting(default=None, help="", *, small=None, pocket=None, paper=None, why=N
     """A dataclass's field with its meaning.
 
     default: a large model's. small: of a model of some hundred million weights and of the pocket
-    one, where they have another; pocket: the pocket model's, where it has one of its own. paper:
-    the paper's, where it tells one. why: the reason where ours is another than the paper's.
+    one, where they have another, set on SmolLM2-135M (results/SMOL.md) and not tried on others;
+    pocket: the pocket model's, where it has one of its own. paper: the paper's, where it tells one.
+    why: the reason where ours is another than the paper's.
     """
     return field(default=default, metadata={
         "help": help, "small": small, "pocket": pocket, "paper": paper, "why": why,
@@ -118,10 +119,10 @@ class Settings(ModelSettings):
         "(imitation.py)", paper=0)
     clip_coef: float = setting(0.1, "ε of the ratio", paper=0.1)
     update_epochs: int = setting(
-        4, "passes over a rollout", small=2, pocket=4, paper=4, why="two cores are slow")
+        4, "passes over a rollout", small=2, pocket=4, paper=4, why="half the time")
     minibatch_size: int = setting(
         128, "answers per optimiser step", small=64, pocket=128, paper=128,
-        why="a rollout of 256 answers has 4")
+        why="rollouts are half as large")
     micro_batch_size: int = setting(
         4, "answers per forward pass (sums round otherwise); a GPU takes as many as make 4096 "
         "tokens, or what it has room for", small=16, pocket=64)
@@ -221,13 +222,13 @@ def resolve(cls, given: dict, model=None):
     if values["device"] == "auto":
         values["device"] = model.device.partition(":")[0] if model else "cpu"
     needs_32 = model is None or model.size == "pocket" or values.get("full")
-    on_cpu = needs_32 or model.device == "cpu"
-    if values["bits"] == "auto" and on_cpu:
+    fits = needs_32 or model.device == "cpu"        # whatever the GPU
+    if values["bits"] == "auto" and fits:
         values["bits"] = "32" if needs_32 or not multiplies_bfloat16() else "16"
     settings = cls(**{name: value for name, value in values.items() if name in entries})
     if problem := settings.problem():
         raise ModelError(problem)
-    if on_cpu:
+    if fits:
         return settings
     return fit_to_gpu(model, settings, {*own, *given})
 

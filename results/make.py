@@ -1,11 +1,11 @@
 """Draws the figures and prints the tables of the pages, from the JSON files of this folder.
 
-    python results/make.py                                      # curves.png; the tables
+    python results/make.py                                  # curves.png, smol.png; the tables
     python results/make.py pack RUN_FOLDER COMMAND --wall-s N   # → runs/NAME.json
     python results/make.py keep NAME EVALUATION.json            # one more line of baselines.json
 
-A run is `runs/TASK[-VARIANT]-seedN.json`. "a ± b" is the mean over seeds and half of its 95 %
-interval (Student's t). Imports nothing of the project. Does not handle: making the runs
+A run is `runs/[smol-]TASK[-VARIANT]-seedN.json`. "a ± b" is the mean over seeds and half of its
+95 % interval (Student's t). Imports nothing of the project. Does not handle: making the runs
 (run_all.sh).
 """
 
@@ -237,7 +237,8 @@ def draw_curves(file, prefix=""):
     prefix: of the runs' names, such as "smol-".
     """
     tasks = [task for task in TASKS if runs(prefix + task)]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(3.5 * len(tasks), 3.8))
+    figure, [panels] = pyplot.subplots(
+        1, len(tasks), figsize=(3.5 * len(tasks), 3.8), squeeze=False)
     for axes, task in zip(panels, tasks):
         for variant, start, label, color in (
                 ("", "start", "PPO", "tab:blue"),
@@ -252,7 +253,8 @@ def draw_curves(file, prefix=""):
             axes.plot(0, baseline(prefix + task, start), "o", color=color, markersize=4)
             axes.plot([steps[-1]] * len(chosen), finals(chosen), "o", color=color, markersize=4)
         axes.axhline(CEILING[task], linestyle="--", color="black", label="exact ceiling")
-        axes.axhline(baseline(task, "random"), linestyle="--", color="gray", label="uniform random")
+        chance = baseline(prefix + task, "random")
+        axes.axhline(chance, linestyle="--", color="gray", label="uniform random")
         axes.set(title=task, xlabel="environment steps", ylim=(-2, 104))
     panels[0].set_ylabel("success, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
@@ -281,8 +283,10 @@ def written(content):
 def pack(folder, command, wall_s=None):
     """What is kept of a run: its command, settings, seconds, held-out games, metrics, answers."""
     run = {"command": command, "config": read(folder / "config.json")}
-    if wall_s:
-        run |= {"wall_s": wall_s, "cores": 1}
+    if not wall_s:      # of one that was interrupted: its updates'
+        times = lines(folder / "timing.jsonl")
+        wall_s = round(sum(row["rollout_s"] + row["update_s"] for row in times))
+    run |= {"wall_s": wall_s, "cores": 1}
     for name in ("eval_start", "eval"):
         if (folder / f"{name}.json").exists():
             run[name] = read(folder / f"{name}.json")

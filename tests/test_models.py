@@ -379,8 +379,10 @@ def test_what_a_model_is_decides_its_defaults(shapes):
     narrow = copy.deepcopy(smolvlm)
     narrow.text_config.hidden_size = 504
     found = find_model("pocket")
-    kinds = [replace(found, config=config).size for config in (found.config, wide, smolvlm, narrow, shapes.QWEN_2B)]
-    assert kinds == ["pocket", "pocket", "small", "small", "large"]
+    edges = [copy.deepcopy(smolvlm) for _ in range(2)]
+    edges[0].text_config.hidden_size, edges[1].text_config.hidden_size = 1023, 1024
+    kinds = [replace(found, config=config).size for config in (found.config, wide, smolvlm, narrow, *edges, shapes.QWEN_2B)]
+    assert kinds == ["pocket", "pocket", "small", "small", "small", "large", "large"]
     settings = Settings(task="blackjack", rank=32)
     for config, size in ((smolvlm, (200, 1024)), (shapes.QWEN_2B, shapes.QWEN_PROMPT)):
         settings, plan = memory.first_that_fits(config, settings, size, 24e9)

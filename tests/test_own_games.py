@@ -368,8 +368,13 @@ def test_own_words_are_true_and_told_by_what_they_say():
         for text in said:
             assert [other for other in states if game.reads(other, text)] == [info], text
             mirrored = {"target": info["current"], "current": info["target"]}
-            rates = [told(info, text), told(mirrored, text), told(info, f"{text} It is greater, it is smaller.")]
+            rates = [told(info, text), told(mirrored, text), told(info, f"{text} The target is greater. The target is smaller.")]
             assert rates == [1, 0, 0], text
+    info = {"target": 3, "current": 2}
+    for false in ("As 2 is more than 3, I have to go up.", "As 3 is more than 2, I have to go down.",
+                  "So I am still 4 too low.", "As 5 is more than 1, I have to go up.", "That is 2 above me.", "Well."):
+        assert told(info, false) == 0, false
+    assert game.reads(info, "My target number is 3 and my current number is 2.")
     assert make_game("numberline").reads(states[0], "Well. " + make_game("numberline").reading(states[0]))
     assert not game.reads(states[0], "") and statistics.reads_right(Game(), [("", {})]) == []
     one, other = (sft.demonstrations(WORDS, 0, 1.0) for _ in range(2))

@@ -330,7 +330,7 @@ def test_the_main_tables_runs_have_todays_defaults(name):
 
 def test_run_all_makes_the_runs_that_are_stored(make):
     """Its lines parse today, and what they ask for is in the stored runs' settings; every stored run has a line."""
-    script, asks = read("results/run_all.sh").partition("\nexport -f")[0], r'python -c "import \w+" \S*> /dev/null'
+    script, asks = read("results/run_all.sh").partition("\nexport -f")[0], r'python -c "[^"]+" \S*> /dev/null'
     assert len(re.findall(asks, script)) == 3
     listing = ["bash", "-c", re.sub(asks, "true", script) + "\nall_runs"]
     lines = subprocess.run(listing, cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
