@@ -46,7 +46,8 @@ class OwnWords(NumberLine):
 
     def __init__(self, max_position=5, render_mode=None):
         super().__init__(max_position, render_mode)
-        self.words = np.random.default_rng(0)       # demonstrations' wording; no part of the game
+        # demonstrations' wording, in every game object the same; no part of the state
+        self.words = np.random.default_rng(0)
 
     def thoughts(self, info, action):
         reading = READINGS[self.words.integers(len(READINGS))]
