@@ -1,13 +1,13 @@
-"""NumberLine whose demonstrations think in many words, and do not say what they choose.
+r"""NumberLine whose demonstrations think in many words, and do not say what they choose.
 
-    python sft.py --task examples/own_words.py:OwnWords --model runs/smol --out runs/words \\
+    python sft.py --task examples/own_words.py:OwnWords --model runs/smol --out runs/words \
         --label-noise 1 --steps 120 --batch-size 16
     python train.py --task examples/own_words.py:OwnWords --model runs/words --total-timesteps 4096
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
 copy it and λ has nothing to weigh. Here they have 16 and leave the choice to the action's tokens:
 taught with random labels, these are a coin's throw before RL. Whether a thought is true is told by
-what it says, not by its words. What came of it: results/SMOL.md.
+what it says, not by its words.
 """
 
 import re
@@ -52,6 +52,7 @@ class OwnWords(NumberLine):
     def thoughts(self, info, action):
         reading = READINGS[self.words.integers(len(READINGS))]
         comparison = COMPARISONS[self.words.integers(len(COMPARISONS))]
+        # False is 0, True is 1
         said = f"{reading} {comparison[info['target'] < info['current']]}"
         far = abs(info["target"] - info["current"])
         return said.format(target=info["target"], current=info["current"], far=far)
