@@ -92,7 +92,8 @@ smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and 
 }
 
 smol() {   # smol NAME GAMES ARGUMENTS…: RL on it
-    [ -f "results/runs/$1.json" ] || { smol_model "$1" && train "$@" --total-timesteps 4096; }
+    local name=$1 games=$2; shift 2
+    [ -f "results/runs/$name.json" ] || { smol_model "$name" && train "$name" "$games" --total-timesteps 4096 "$@"; }
 }
 
 smol_start() {   # smol_start NAME GAMES ARGUMENTS…: held-out games before RL
@@ -198,6 +199,10 @@ all_runs() {
         echo smol smol-ezpoints-seed1 ${games[ezpoints]} --model runs/smol --task ezpoints --seed 1
         for task in numberline blackjack; do
             echo smol smol-$task-no-cot-seed1 ${games[$task]} --model runs/smol --task $task --no-cot --seed 1
+        done
+        # short runs, alike but for one setting
+        for setting in "bits 16" "bits 4" "temperature 0.2"; do
+            echo smol smol-short-${setting/ /-}-seed1 200 --model runs/smol --task numberline --total-timesteps 2048 --$setting --seed 1
         done
         task=examples/own_words.py:OwnWords
         echo smol_start smol-ownwords-start 200 --task $task --model runs/smol-words --temperature 0.5
