@@ -92,8 +92,7 @@ smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and 
 }
 
 smol() {   # smol NAME GAMES ARGUMENTS…: RL on it
-    local name=$1 games=$2; shift 2
-    [ -f "results/runs/$name.json" ] || { smol_model "$name" && train "$name" "$games" --total-timesteps 4096 "$@"; }
+    [ -f "results/runs/$1.json" ] || { smol_model "$1" && train "$@"; }
 }
 
 smol_start() {   # smol_start NAME GAMES ARGUMENTS…: held-out games before RL
@@ -188,26 +187,30 @@ all_runs() {
             echo evaluate smol-$task-random ${games[$task]} --task $task --policy random
             echo evaluate smol-$task-expert ${games[$task]} --task $task --policy expert
             echo smol_start smol-$task-start ${games[$task]} --task $task --model runs/smol --temperature 0.5
+        done
+        for task in numberline blackjack; do
             echo smol_start smol-$task-start-no-cot ${games[$task]} --task $task --model runs/smol --temperature 0.5 --no-cot
         done
+        echo smol_start smol-numberline-start-temperature-0.2 200 --task numberline --model runs/smol --temperature 0.2
         echo evaluate smol-blackjack-below-12 ${games[blackjack]} --task blackjack --policy below:12
+        local rl="--model runs/smol --total-timesteps 4096" short="--model runs/smol --total-timesteps 2048"
         for seed in 1 2 3; do
             for task in numberline blackjack; do
-                echo smol smol-$task-seed$seed ${games[$task]} --model runs/smol --task $task --seed $seed
+                echo smol smol-$task-seed$seed ${games[$task]} $rl --task $task --seed $seed
             done
         done
-        echo smol smol-ezpoints-seed1 ${games[ezpoints]} --model runs/smol --task ezpoints --seed 1
+        echo smol smol-ezpoints-seed1 ${games[ezpoints]} $rl --task ezpoints --seed 1
         for task in numberline blackjack; do
-            echo smol smol-$task-no-cot-seed1 ${games[$task]} --model runs/smol --task $task --no-cot --seed 1
+            echo smol smol-$task-no-cot-seed1 ${games[$task]} $rl --task $task --no-cot --seed 1
         done
-        # short runs, alike but for one setting
+        # alike but for one setting
         for setting in "bits 16" "bits 4" "temperature 0.2"; do
-            echo smol smol-short-${setting/ /-}-seed1 200 --model runs/smol --task numberline --total-timesteps 2048 --$setting --seed 1
+            echo smol smol-numberline-short-${setting/ /-}-seed1 200 $short --task numberline --$setting --seed 1
         done
         task=examples/own_words.py:OwnWords
         echo smol_start smol-ownwords-start 200 --task $task --model runs/smol-words --temperature 0.5
         for cot_lambda in 0 0.2 0.5 1; do
-            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 --model runs/smol-words --task $task --cot-lambda $cot_lambda --seed 1
+            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 ${rl/smol/smol-words} --task $task --cot-lambda $cot_lambda --seed 1
         done
     fi
     # the examples of YOUR_OWN_GAME.md; FrozenLake where its drawing is installed (extras/requirements-gymnasium.txt)
