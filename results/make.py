@@ -249,7 +249,7 @@ def smol_runs():
 
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
-    makers = (ours, paper, seeds, lambdas, decisions, plans, households, smol, smol_runs)
+    makers = (ours, paper, seeds, lambdas, decisions, plans, households, smol)
     return [make() for make in makers]
 
 
