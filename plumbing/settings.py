@@ -132,7 +132,7 @@ class Settings(ModelSettings):
         0.0, "the policy's update ends at a minibatch's approx_kl above this; 0: never", small=0.1,
         paper=0.0, why="at its learning rate some updates overshoot")
     lr: float = setting(
-        1e-5, "learning rate, falling on a cosine", small=2e-4, paper=1e-5,
+        1e-5, "learning rate, falling on a cosine", small=1e-4, pocket=2e-4, paper=1e-5,
         why="a small model learns faster")
     value_lr: float = setting(
         1e-5, "the value head's, falling likewise", small=1e-3, paper=1e-5,

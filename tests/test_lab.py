@@ -195,7 +195,7 @@ def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
     assert stored[0].read_bytes() == stored[1].read_bytes() and not (out / "old.txt").exists()
     found = find_model(str(out))
     settings = resolve(Settings, {"task": "numberline"}, found)
-    assert found.size == "small" and found.is_taught and settings.sft_steps == 0 and settings.lr == 2e-4
+    assert found.size == "small" and found.is_taught and settings.sft_steps == 0 and settings.lr == 1e-4
     card = (out / "README.md").read_text()
     assert "numberline 100%" in card and "apache-2.0" in card and "1 batches of 16 captions" in card
     model, processor = load_model(str(out), bits=16)
