@@ -224,29 +224,6 @@ def smol():
     return markdown(["SmolLM2-135M, success, %", *SMOL_TASKS], rows)
 
 
-def smol_runs():
-    """SmolLM2's runs, one by one: their held-out games, then answers in rollouts, first → last.
-
-    Entropy, of an answer's part in nats, by what was sampled: E[−log π]. ρ: the largest error of
-    any update before its first step.
-    """
-    rows = []
-    for path in sorted((RESULTS / "runs").glob("smol-*.json")):
-        run = read(path)
-        ends = run["metrics"][0], run["metrics"][-1]
-        rates = [f"{100 * run['eval'][key]:.1f}" if run["eval"].get(key) is not None else "–"
-                 for key in ("success", "parse_rate", "reading_rate")]
-        entropies = [" → ".join(f"{abs(row[part]):.3f}" for row in ends)
-                     for part in ("thought_logp", "action_logp")]
-        length = " → ".join(f"{row['response_tokens']:.0f}" for row in ends)
-        error = max(row["ratio_error"] for row in run["metrics"])
-        name = path.stem.removeprefix("smol-")
-        rows.append([name, *rates, *entropies, length, f"{error:.0e}" if error else "0",
-                     f"{run['wall_s'] / 60:.0f}"])
-    return markdown(["run", "success, %", "parsed, %", "read, %", "entropy of thoughts",
-                     "of actions", "tokens", "error of ρ", "core-minutes"], rows)
-
-
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
     makers = (ours, paper, seeds, lambdas, decisions, plans, households, smol)
