@@ -2,7 +2,7 @@ r"""NumberLine whose demonstrations think in many words, and do not say what the
 
     python sft.py --task examples/own_words.py:OwnWords --model runs/smol --out runs/words \
         --label-noise 1 --steps 120 --batch-size 16
-    python train.py --task examples/own_words.py:OwnWords --model runs/words --total-timesteps 4096
+    python train.py --task examples/own_words.py:OwnWords --model runs/words --total-timesteps 2048
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
 copy it and λ has nothing to weigh. Here they have 16 and leave the choice to the action's tokens:

@@ -30,8 +30,6 @@ PAPER = {
     "RL, 7B": (89.4, 50.0, 2.3, 40.2, 21.7),
     "RL without CoT, 7B": (26.9, 29.9, 0.0, 40.4, 16.3),
     "CNN + RL": (87.1, 0.0, 0.0, 38.8, 0.0),
-    "GPT-4V": (65.5, 10.5, 0.0, 25.5, 19.4),
-    "Gemini": (82.5, 2.0, 0.0, 30.0, 13.5),
 }
 LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
 # Student's t, 97.5 %, of n - 1 degrees of freedom
@@ -135,10 +133,12 @@ def cell(task, name):
 
 
 def ours():
-    """The pocket model on the four games, beside players that do not learn, on the same deals."""
+    """The pocket model on the four games, beside players that do not learn, and SmolLM2."""
     rows = [[text, *(cell(task, name) for task in TASKS)] for text, name in OURS.items()]
     rows[1][1:] = [f"**{value}**" for value in rows[1][1:]]          # the method's own row
     rows.append(["exact ceiling over all deals", *map(str, CEILING.values())])
+    for text, name in (("SmolLM2-135M: SFT start", "start"), ("**SmolLM2-135M: PPO**", "")):
+        rows.append([text, *(cell(f"smol-{task}", name) for task in TASKS)])
     return markdown(["success, %", *TASKS], rows)
 
 
@@ -224,9 +224,33 @@ def smol():
     return markdown(["SmolLM2-135M, success, %", *SMOL_TASKS], rows)
 
 
+def smol_runs():
+    """SmolLM2's runs, one by one: their held-out games, then answers in rollouts, first → last.
+
+    Entropy, of an answer's part in nats, by what was sampled: E[−log π]. ρ: the largest error of
+    any update before its first step.
+    """
+    rows = []
+    for path in sorted((RESULTS / "runs").glob("smol-*.json")):
+        run = read(path)
+        ends = run["metrics"][0], run["metrics"][-1]
+        rates = [f"{100 * run['eval'][key]:.1f}" if run["eval"].get(key) is not None else "–"
+                 for key in ("success", "parse_rate", "reading_rate")]
+        entropies = [" → ".join(f"{abs(row[part]):.3f}" for row in ends)
+                     for part in ("thought_logp", "action_logp")]
+        length = " → ".join(f"{row['response_tokens']:.0f}" for row in ends)
+        error = max(row["ratio_error"] for row in run["metrics"])
+        name = path.stem.removeprefix("smol-")
+        rows.append([name, *rates, *entropies, length, f"{error:.0e}" if error else "0",
+                     f"{run['wall_s'] / 60:.0f}"])
+    return markdown(["run", "success, %", "parsed, %", "read, %", "entropy of thoughts",
+                     "of actions", "tokens", "error of ρ", "core-minutes"], rows)
+
+
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
-    makers = (ours, paper, seeds, lambdas, decisions, plans, households, smol)
+    makers = (ours, paper, seeds, lambdas, decisions, plans, households, smol,
+              smol_runs)
     return [make() for make in makers]
 
 

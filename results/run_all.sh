@@ -81,7 +81,7 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
 smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and teaches it once more where a run needs that
     local start="" lesson more=""
     case $1 in
-        smol-blackjack*) start=runs/smol-blackjack lesson="--task blackjack --label-noise 0.5 --steps 100" ;;
+        smol-blackjack*) start=runs/smol-blackjack lesson="--task blackjack --label-noise 0.3 --steps 100" ;;
         smol-ownwords*) start=runs/smol-words lesson="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120" ;;
     esac
     mkdir -p runs
@@ -198,7 +198,7 @@ all_runs() {
         done
         echo smol_start smol-numberline-start-temperature-0.2 200 --task numberline --model runs/smol --temperature 0.2
         echo evaluate smol-blackjack-below-12 ${games[blackjack]} --task blackjack --policy below:12
-        local rl="--total-timesteps 4096" short="--model runs/smol --total-timesteps 2048"
+        local rl="--total-timesteps 4096" short="--total-timesteps 2048"
         for seed in 1 2 3; do
             for task in numberline blackjack; do
                 echo smol smol-$task-seed$seed ${games[$task]} --model ${from[$task]} $rl --task $task --seed $seed
@@ -210,12 +210,12 @@ all_runs() {
         done
         # alike but for one setting
         for setting in "bits 16" "bits 4" "temperature 0.2"; do
-            echo smol smol-numberline-short-${setting/ /-}-seed1 200 $short --task numberline --$setting --seed 1
+            echo smol smol-numberline-short-${setting/ /-}-seed1 200 --model runs/smol $short --task numberline --$setting --seed 1
         done
         task=examples/own_words.py:OwnWords
         echo smol_start smol-ownwords-start 200 --task $task --model runs/smol-words --temperature 0.5
         for cot_lambda in 0 0.2 0.5 1; do
-            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 --model runs/smol-words $rl --task $task --cot-lambda $cot_lambda --seed 1
+            echo smol smol-ownwords-lambda-$cot_lambda-seed1 200 --model runs/smol-words $short --task $task --cot-lambda $cot_lambda --seed 1
         done
     fi
     # the examples of YOUR_OWN_GAME.md; FrozenLake where its drawing is installed (extras/requirements-gymnasium.txt)
