@@ -159,9 +159,7 @@ class _FormulaGame(FormulaExpert, Game):
             self.cards = [int(c) for c in self.np_random.integers(52, size=self.count)]
             if not self.solvable_only or self.solution():
                 return
-        raise ValueError(
-            f"no deal in 10,000 reaches {self.target}: choose another target, or "
-            "solvable_only=False")
+        raise ValueError(f"no deal in 10,000 reaches {self.target}: choose another target")
 
     def solution(self):
         """The simplest formula for the dealt cards, as a tuple of tokens; () if there is none."""

@@ -31,7 +31,7 @@ from games.statistics import Decision, decision_statistics, rate, wilson
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.checkpoint import write_whole
 from plumbing.errors import ModelError, as_model_error, in_words, printable, say
-from plumbing.flags import add_flags
+from plumbing.flags import SIZES, add_flags
 from plumbing.settings import Settings, resolve
 
 BASELINES = Path(__file__).parent / "results" / "baselines.json"
@@ -165,7 +165,7 @@ def held_out(policy, settings, update, path, board=None):
 # ---- the command line --------------------------------------------------------------------------
 def make_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, epilog=SIZES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", required=True,
         help=f"{', '.join(TASKS)}, my_game.py:CLASS, gymnasium:ID, or all: the first ones, one "
@@ -373,7 +373,7 @@ def play_all(options, given):
         if task == tasks[0] or TASKS[task].pocket != TASKS[tasks[0]].pocket:
             policy = None               # free the old model before the next is loaded
             policy, name, settings = find_policy(options, given, task)
-        settings = replace(settings, task=task)
+        settings = replace(settings, task=task, game=())        # a run's own may have options
         results[task] = result = play_task(options, policy, name, settings, given)
         if options.out:                 # what is played stays, whatever comes of the next
             Path(options.out).write_text(json.dumps({"policy": who, "tasks": results}) + "\n")

@@ -93,7 +93,9 @@ class ValueHead(nn.Module):
     def fit(self, hidden):
         """Take each input's mean and spread from the first rollout's (S, D); fixed from then on."""
         self.mean.copy_(hidden.mean(0))
-        self.std.copy_(hidden.std(0).clamp(min=1e-6))       # an input that never varies stays 0
+        spread = hidden.std(0)
+        # an input that has not varied yet may do so later: as it is, not a million times as much
+        self.std.copy_(torch.where(spread > 1e-6, spread, 1.0))
         self.fitted.fill_(True)
 
     def standardised(self, hidden):

@@ -7,7 +7,7 @@
 The loss is minus the mean log-probability of the answer's tokens, by the same `policy.logprobs`
 that PPO uses, at temperature 1. --label-noise is the share of action labels replaced by uniformly
 random ones: 1.0 teaches reading and format but random play. LoRA adapters by default; --full trains
-all weights. train.py does this by itself before RL where it is given plain large weights. Does not
+all weights. train.py does this by itself before RL where a model has not been taught. Does not
 handle: several processes.
 """
 
@@ -101,7 +101,7 @@ def demonstrations(task: str, seed: int, label_noise=0.0, cot=True,
     label, right or not. game_options: of the game's constructor.
     """
     game = make_game(task, **find_game(task).lesson_options | (game_options or {}))
-    # another stream than the game's own
+    # another stream than the deals'; the name's length is a number that most games differ in
     generator = np.random.default_rng([seed, len(type(game).__name__)])
     picture, info = game.reset(seed=seed)
     # Half of the games go on with the expert's action and half with the label's, so that both the

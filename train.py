@@ -175,7 +175,7 @@ def write_settings(settings, folder):
 
 
 def teach_format(settings):
-    """The paper's first stage: plain large weights are taught the answer's format (sft.py).
+    """The paper's first stage: a model that was not taught yet learns the answer's format (sft.py).
 
     Returns the folder of adapters that RL starts from.
     """

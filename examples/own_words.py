@@ -6,8 +6,8 @@ r"""NumberLine whose demonstrations think in many words, and do not say what the
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
 copy it and λ has nothing to weigh. Here they have 16 and leave the choice to the action's tokens:
-taught with random labels, these are a coin's throw before RL. Whether a thought is true is told by
-what it says, not by its words.
+taught with random labels, the action is a coin's throw before RL. A thought counts as true if its
+numbers and its direction are, in any mixture of these wordings' phrases; in others it does not.
 """
 
 import re
@@ -32,7 +32,7 @@ COMPARISONS = (
     ("That is {far} above me, which is where I should go next.",
      "That is {far} below me, which is where I should go next."),
 )
-# what a text says of either number, of their distance, and of which is greater, in any such words
+# what a text says of either number, of their distance, and of which is greater, in such phrases
 TARGET = re.compile(r"(?:target(?: number)? is|get to|should be|and) (\d+)")
 CURRENT = re.compile(r"(?:(?<!target )number is|I am at|see are) (\d+)")
 FAR = re.compile(r"(\d+) (?:too|above|below)")

@@ -208,17 +208,17 @@ class Game(gymnasium.Env):
 
         Raises ValueError where it is no state of this game: nothing changes then.
         """
+        # everything is tried on a copy, which replaces this game only at the very end
+        tried = copy.copy(self)
         if self.fields is None:
-            self.reset(seed=0)      # to learn what the state is
-        names = {*self.fields, "steps", "episode_return", "over", "generator", "game"}
+            tried.reset(seed=0)     # to learn what the state is
+        names = {*tried.fields, "steps", "episode_return", "over", "generator", "game"}
         is_ours = isinstance(state, dict) and set(state) == names
         if not is_ours or state["game"] != type(self).__name__:
             raise ValueError(
                 f"not a state that {type(self).__name__} takes: expected a dict with the keys "
                 f"{sorted(names)}, got {str(state)[:300]}")
 
-        # everything is tried on a copy, which replaces this game only at the very end
-        tried = copy.copy(self)
         for name in names - {"generator", "game"}:
             setattr(tried, name, copy.deepcopy(state[name]))
         # a game with a clock of its own may last longer

@@ -104,8 +104,10 @@ def read_options(game, texts) -> dict:
             given = value
         if isinstance(default, str):
             given = value
-        # an int goes for a float, and 0 for false
-        if isinstance(default, int | float) and type(given) not in (type(default), int):
+        # an int goes for a float; 0 and 1, no other number, for false and true
+        kinds = (type(default), int)
+        fits = given in (0, 1) if isinstance(default, bool) else type(given) in kinds
+        if isinstance(default, int | float) and not fits:
             raise GameError(
                 f"{text!r}: {value!r} is not of the kind of {name}'s default, "
                 f"{json.dumps(default)}")

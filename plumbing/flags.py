@@ -18,6 +18,10 @@ from plumbing.loading import find_model
 from plumbing.memory import memory_note
 from plumbing.settings import departures, flag, resolve
 
+# what the brackets of --help need
+SIZES = ("[…] defaults; small: of a model whose hidden size is below 1,024, and of the pocket "
+         "model where it has none of its own")
+
 
 # ---- flags -------------------------------------------------------------------------------------
 def add_flags(parser, cls, names=None):
@@ -25,7 +29,6 @@ def add_flags(parser, cls, names=None):
 
     What is not given on the command line is not in the result.
     """
-    parser.epilog = "small: of models below a width of 1024; the pocket model's where it has none"
     for entry in map(cls.__dataclass_fields__.get, names or cls.__dataclass_fields__):
         if not entry.metadata["help"]:
             continue
@@ -56,7 +59,8 @@ class GameOption(argparse.Action):
 
 def make_parser(cls, description=None):
     as_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=as_is)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=SIZES, formatter_class=as_is)
     add_flags(parser, cls)
     return parser
 

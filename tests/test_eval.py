@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,3 +161,15 @@ def test_all_games_are_played_at_the_temperature_that_each_starts_with(monkeypat
     evaluation.main(["--task", "all", "--model", "pocket", *(["--temperature", str(chosen)] if chosen else [])])
     assert played == {task: chosen or pocket_settings(task).temperature for task in played}
     assert set(played) - {"alfworld"} == set(GAMES)
+
+
+def test_all_games_are_the_default_ones_whatever_the_run_learned_on(monkeypatch):
+    """A run on a longer NumberLine: the default NumberLine is one of the four, and no other game has its option."""
+    policy, played = SimpleNamespace(temperature=0.5), {}
+    learned = replace(pocket_settings("numberline"), game=("max_position=9",))
+    result = {"success": 0, "success_low": 0, "success_high": 0, "parse_rate": None, "reading_rate": None}
+    monkeypatch.setattr(evaluation, "open_run", lambda run, device: (policy, learned))
+    monkeypatch.setattr(evaluation, "play_task", lambda options, policy, name, settings, given: (
+        played.update({settings.task: settings.game}), result)[1])
+    evaluation.main(["--task", "all", "--run", "run"])
+    assert set(GAMES) <= set(played) and {*played.values()} == {()}

@@ -96,6 +96,10 @@ def test_five_things_are_a_game(coin):
     _, info = game.reset(seed=3)
     assert game.fields == ("side",) and info == {"side": game.side, "is_success": False}
     twin = make_game(coin)                                              # which has never been reset
+    with pytest.raises(ValueError, match="expected a dict with the keys"):
+        twin.set_state({})
+    with pytest.raises(RuntimeError, match="call reset"):
+        twin.step(0)
     twin.set_state(json.loads(json.dumps(game.get_state())))
     assert [game.step(0)[1:] for _ in range(3)] == [twin.step(0)[1:] for _ in range(3)]
     with pytest.raises(ValueError, match="expected a dict with the keys"):
@@ -183,6 +187,8 @@ def test_what_is_wrong_with_a_game_is_said_before_anything_is_loaded(change, tmp
      "max_position must be 1 to 99"),
     (lambda task: evaluation.main(["--task", "points24", "--game", "solvable_only=yes", "--policy", "random"]),
      "'yes' is not of the kind of solvable_only's default, false"),
+    (lambda task: evaluation.main(["--task", "points24", "--game", "face_cards_as_10=13", "--policy", "random"]),
+     "'13' is not of the kind of face_cards_as_10's default, true"),
     (lambda task: train.main(["--task", "nowhere.py:Game"]), "there is no task 'nowhere.py:Game'"),
     (lambda task: train.main(["--task", "a:b"]), "there is no task 'a:b': a game in a file is PATH/my_game.py:CLASS")])
 def test_what_is_missing_is_said_before_anything_is_loaded(command, message, coin, tmp_path, monkeypatch):
