@@ -268,6 +268,51 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
            f"{make.shown(make.finals(make.runs('alfworld')))} % after it" in prose
 
 
+def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(make):
+    """Tables of lessons and of hits; what its sentences say of the start, of times, of what was tried."""
+    prose = " ".join(read("results/SMOL.md").split())
+    stored = lambda name: json.loads(read(f"results/{name}.json"))
+    hits = stored("tried/smol-blackjack-hits")["players"]
+    totals = ["4 to 11", "12 to 16", "17 to 21"]
+    rows = [[row["player"], *(f"{row[key][0]:.0f}" for key in totals)] for row in hits]
+    assert stands_on(make.markdown(["P(hit), %", *(f"on {key}" for key in totals)], rows)) == ["results/SMOL.md"]
+
+    losses = []
+    for tried in stored("tried/smol-lessons").values():
+        if "loss of every 5th batch" in tried:
+            losses.append(np.mean(tried["loss of every 5th batch"][-6:]))
+        elif "[batches, mean loss of the last 10]" in tried:
+            losses.append(tried["[batches, mean loss of the last 10]"][-1][1])
+    told = re.findall(r"\| (?:whole|frozen|adapters)\S* .*\| (0\.\d\d) \|", read("results/SMOL.md"))
+    assert sorted(f"{loss:.2f}" for loss in losses) == sorted(told) and len(told) == 4
+
+    build, attention = stored("bench/smol-build"), stored("bench/smol-attention")
+    whole, half = (stored(f"bench/smol-{bits}-bits")["whole_update_s"] for bits in (32, 16))
+    layer, batch = (attention[key] for key in attention if "last two of four" in key or "one layer" in key)
+    fused = layer["torch's fused (sdpa), 3 key heads"][1]
+    start = {task: make.baselines()[f"smol-{task}-start"] for task in ("numberline", "ezpoints", "blackjack")}
+    reads = [f"{100 * found['reading_rate']:.0f}" for found in start.values()]
+    rose = stored("tried/smol-numberline-lr-2e-4-seed1")["metrics"]
+    stood, players = stored("tried/smol-blackjack-lr-1e-4-seed1")["eval"], stored("tried/smol-blackjack-starts")["players"]
+    won = {player["policy"]: 100 * player["success"] for player in players}
+    fast = stored("tried/smol-blackjack-noise-0.3-lr-4e-4-seed1")["metrics"]
+    assert {row["minibatches"] for row in rose[4:8]} == {2, 3, 4}       # of 8, in updates 5 to 8
+    for said in (
+            f"{build['wall_s'] / 60:.0f} minutes on two cores", "a batch of answers 6.0 s, one of captions 2.9",
+            f"takes {half:.0f} s on two cores, in 32 bits {whole:.0f}",
+            f"{fused:.0f} ms for 16 answers and one layer",
+            f"takes {sum(map(sum, batch['eager'])) / 2:.1f} s, not {sum(map(sum, batch['sdpa'])) / 2:.1f}",
+            f"read right in {reads[0]}, {reads[1]} and {reads[2]} of 100 answers",
+            f"{100 * start['ezpoints']['plan_rate']:.1f} % of the plans are right where one could be, and "
+            f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
+            f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
+            f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
+            f"wins {100 * stood['success']:.1f} % of {stood['episodes']} deals, of which hitting below 12 wins "
+            f"{won['below:12']:.1f} and best play {won['expert']:.1f}",
+            f"read right in {100 * fast[2]['reading_rate']:.0f} of 100 answers after two updates"):
+        assert said in prose, said
+
+
 # ---- runs and their commands -------------------------------------------------------------------
 PARSERS = {
     "train.py": lambda: flags.make_parser(Settings),
