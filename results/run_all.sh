@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the runs and baselines of this folder again, from the repository's root: bash results/run_all.sh [PATTERN]
 # One line a run, one core a run, as many side by side as there are cores; PATTERN (grep's) picks some. What is there
-# is skipped: to make a run again, delete results/runs/NAME.json and runs/NAME. What was interrupted goes on.
+# is skipped: to make a run again, delete results/runs/NAME.json and runs/NAME, or NAME's line of results/baselines.json.
+# What was interrupted goes on.
 set -euo pipefail
 cores=$(nproc)               # before the next line, which nproc would obey
 export OMP_NUM_THREADS=1 cores
@@ -45,16 +46,18 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games of what RL did
     echo "$name done"
 }
 
+lesson() {   # lesson FOLDER ARGUMENTS…: supervised fine-tuning; what is there stays, if sft.py finds it to be the same
+    local out=$1 more=""; shift
+    [ ! -f "$out/sft.json" ] || more=--resume
+    python sft.py "$@" --out "$out" $more >> "$out.log" 2>&1 || { echo "failed: $out.log"; return 1; }
+}
+
 best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning on the expert's own labels, RL from there
-    local name=$1 games=$2 steps=$3 task=${1%%-*} start="runs/${1%%-*}-best-sft" more=""; shift 3
+    local name=$1 games=$2 steps=$3 task=${1%%-*} start="runs/${1%%-*}-best-sft"; shift 3
     [ -f "results/runs/$name.json" ] && return
     mkdir -p runs
     exec 8> "$start.lock"; flock 8                              # the other seeds wait for the one that makes it
-    if [ ! -f "$start/config.json" ]; then
-        [ -f "$start/sft.json" ] && more=--resume
-        python sft.py --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 --out "$start" $more \
-            > "$start.log" 2>&1 || { echo "$name failed: $start.log"; return 1; }
-    fi
+    lesson "$start" --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 || return 1
     evaluate "$task-best-start" "$games" --task "$task" --model "$start" --temperature 0.5
     flock -u 8
     train "$name" "$games" --task "$task" --model "$start" "$@"
@@ -69,8 +72,7 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
         { echo "$start failed: $start.log"; return 1; }
     # on slippery ice it wins 2 games in 100, which is too little to learn from: taught once more, with less noise
     if [[ $name == frozenlake-slippery-* ]]; then
-        [ -d runs/frozenlake-slippery-sft ] || python sft.py "$@" --model "$start" --label-noise 0.3 --steps 100 \
-            --out runs/frozenlake-slippery-sft >> "$start.log" 2>&1 || { echo "$start failed: $start.log"; return 1; }
+        lesson runs/frozenlake-slippery-sft "$@" --model "$start" --label-noise 0.3 --steps 100 || return 1
         start=runs/frozenlake-slippery-sft
     fi
     evaluate "${name%-seed*}-start" "$games" "$@" --model "$start"
@@ -79,18 +81,17 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
 }
 
 smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and teaches it once more where a run needs that
-    local start="" lesson more=""
-    case $1 in
-        smol-blackjack*) start=runs/smol-blackjack lesson="--task blackjack --label-noise 0.3 --steps 100" ;;
-        smol-ownwords*) start=runs/smol-words lesson="--task examples/own_words.py:OwnWords --label-noise 1 --steps 120" ;;
-    esac
+    local more="--model runs/smol --batch-size 16 --seed 1"
     mkdir -p runs
     exec 8> runs/smol.lock; flock 8                             # the others wait for the one that makes it
     export OMP_NUM_THREADS=$cores
     [ -d runs/smol ] || python -m lab.smol --out runs/smol > runs/smol.log 2>&1 || { echo "failed: runs/smol.log"; return 1; }
-    [ ! -f "$start/sft.json" ] || more=--resume
-    [[ -z $start || -f $start/adapter_config.json ]] || python sft.py $lesson --batch-size 16 --seed 1 --model runs/smol --out "$start" $more \
-        > "$start.log" 2>&1 || { echo "failed: $start.log"; return 1; }
+    case $1 in
+        smol-blackjack*)
+            lesson runs/smol-blackjack --task blackjack --label-noise 0.3 --steps 100 $more || return 1 ;;
+        smol-ownwords*)
+            lesson runs/smol-words --task examples/own_words.py:OwnWords --label-noise 1 --steps 120 $more || return 1 ;;
+    esac
     export OMP_NUM_THREADS=1
     flock -u 8
 }
@@ -236,7 +237,7 @@ examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
     done
 }
 
-export -f train features run evaluate best own smol smol_model smol_start
+export -f train features run evaluate lesson best own smol smol_model smol_start
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
 all_runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
