@@ -283,7 +283,7 @@ def draw_curves(file, prefix=""):
     panels[0].set_ylabel("success, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(RESULTS / file, dpi=110)
+    figure.savefig(RESULTS / file, dpi=110, bbox_inches="tight")     # or it is cut
     pyplot.close(figure)
 
 
