@@ -88,7 +88,10 @@ smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and 
     [ -d runs/smol ] || python -m lab.smol --out runs/smol > runs/smol.log 2>&1 || { echo "failed: runs/smol.log"; return 1; }
     case $1 in
         smol-blackjack*)
-            lesson runs/smol-blackjack --task blackjack --label-noise 0.3 --steps 100 $more || return 1 ;;
+            # what a low total is by clean labels, then noisy ones, so that RL has something to do
+            lesson runs/smol-blackjack-clean --task blackjack --steps 150 $more || return 1
+            lesson runs/smol-blackjack --task blackjack --label-noise 0.8 --steps 30 --batch-size 16 --seed 2 \
+                --model runs/smol-blackjack-clean || return 1 ;;
         smol-ownwords*)
             lesson runs/smol-words --task examples/own_words.py:OwnWords --label-noise 1 --steps 120 $more || return 1 ;;
     esac
