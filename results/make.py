@@ -184,18 +184,20 @@ def behaviour(task, names, keys):
     for text, name in names.items():
         known = baselines().get(f"{task}-{name}")
         results = [known] if known else [run["eval"] for run in runs(task, name)]
+        if not results:     # not run yet
+            continue
         means = (statistics.fmean(result[key] for result in results) for key in keys)
         rows.append([f"{task}: {text}", *(f"{100 * mean:.1f}" for mean in means)])
     return rows
 
 
-def decisions():
-    """How often each Blackjack policy hits, by total: what the average does not show."""
+def decisions(task):
+    """How often each player of Blackjack hits, by total: what the average does not show."""
     names = {"best play": "expert", "hit below 12": "below-12", "SFT start": "start",
              "**PPO**": "", "PPO without chain of thought": "no-cot"}
     keys = ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17", "success")
-    return markdown(["hits, %", "on 4 to 11", "on 12 to 16", "on 17 to 21", "wins, %"],
-                    behaviour("blackjack", names, keys))
+    return markdown([f"{task}: hits, %", "on 4 to 11", "on 12 to 16", "on 17 to 21", "wins, %"],
+                    behaviour(task, names, keys))
 
 
 def plans():
@@ -249,9 +251,8 @@ def smol_runs():
 
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
-    makers = (ours, paper, seeds, lambdas, decisions, plans, households, smol,
-              smol_runs)
-    return [make() for make in makers]
+    return [ours(), paper(), seeds(), lambdas(), decisions("blackjack"), plans(), households(),
+            smol(), smol_runs(), decisions("smol-blackjack")]
 
 
 # ---- figures -------------------------------------------------------------------------------------
