@@ -290,11 +290,15 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     whole, half = (stored(f"bench/smol-{bits}-bits")["whole_update_s"] for bits in (32, 16))
     layer, batch = (attention[key] for key in attention if "last two of four" in key or "one layer" in key)
     fused = layer["torch's fused (sdpa), 3 key heads"][1]
-    start = {task: make.baselines()[f"smol-{task}-start"] for task in ("numberline", "ezpoints")}
-    assert {found[key] for found in start.values() for key in ("parse_rate", "reading_rate")} == {1}
+    start = {task: make.baselines()[f"smol-{task}-start"] for task in ("numberline", "ezpoints", "blackjack")}
+    assert {found["parse_rate"] for found in start.values()} == {1}
+    assert start["numberline"]["reading_rate"] == start["ezpoints"]["reading_rate"] == 1
     rose = stored("tried/smol-numberline-lr-2e-4-seed1")["metrics"]
     stood, players = stored("tried/smol-blackjack-lr-1e-4-seed1")["eval"], stored("tried/smol-blackjack-starts")["players"]
     won = {player["policy"]: 100 * player["success"] for player in players}
+    [clean] = [100 * taught["eval"]["success"] for taught in stored("tried/smol-blackjack-starts")["starts"]
+               if "--steps 150" in taught["command"]]
+    assert won["always:stand"] == 100 * stood["success"]
     fast = stored("tried/smol-blackjack-noise-0.3-lr-4e-4-seed1")["metrics"]
     hands, learned = stored("tried/smol-blackjack-sampled")["hands"], stored("runs/smol-blackjack-seed1")["eval"]
     with_ace = [100 * hand["scored"] for hand in hands if "A" in hand["hand"].split()]
@@ -310,13 +314,15 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
-            f"wins {100 * stood['success']:.1f} % of {stood['episodes']} deals, of which hitting below 12 wins "
+            f"of which hitting below 12 wins "
             f"{won['below:12']:.1f} and best play {won['expert']:.1f}",
             f"read right in {100 * fast[2]['reading_rate']:.0f} of 100 answers after two updates",
             f"It hits {hit['4']} of 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
             f"in {min(with_ace):.0f} to {max(with_ace):.0f} %, the other {len(others)} in {np.mean(others):.0f} %",
-            f"144 sampled answers hit in {100 * sum(hand['sampled'] for hand in hands) / 144:.0f} %",
-            f"the scores say {np.mean(with_ace + others):.0f}"):
+            f"144 sampled answers hit in {100 * sum(hand['sampled'] for hand in hands) / 144:.1f} %",
+            f"the scores say {np.mean(with_ace + others):.1f}", f"start D wins {clean:.1f} % of those",
+            f"a model of its own, reads {100 * start['blackjack']['reading_rate']:.1f} %",
+            f"It wins {100 * stood['success']:.1f} % of {stood['episodes']} deals, as always standing does"):
         assert said in prose, said
 
 
