@@ -314,8 +314,7 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
-            f"of which hitting below 12 wins "
-            f"{won['below:12']:.1f} and best play {won['expert']:.1f}",
+            f"of which hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
             f"read right in {100 * fast[2]['reading_rate']:.0f} of 100 answers after two updates",
             f"It hits {hit['4']} of 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
             f"in {min(with_ace):.0f} to {max(with_ace):.0f} %, the other {len(others)} in {np.mean(others):.0f} %",
