@@ -59,6 +59,7 @@ SMOL = {
     "hit below 12": "below-12",
     "best play": "expert",
 }
+OWN_WORDS = ("success", "reading_rate", "compare_rate")
 HOUSES = {
     "uniform random": "random",
     "search without memory": "heuristic",
@@ -226,6 +227,11 @@ def smol():
     return markdown(["SmolLM2-135M, success, %", *SMOL_TASKS], rows)
 
 
+def ends(run, key, form):
+    """Of the first and the last rollout, as "0.56 → 0.00"; of log-probabilities −log π."""
+    return " → ".join(f"{abs(run['metrics'][index][key]):{form}}" for index in (0, -1))
+
+
 def smol_runs():
     """SmolLM2's runs, one by one: their held-out games, then answers in rollouts, first → last.
 
@@ -234,13 +240,13 @@ def smol_runs():
     """
     rows = []
     for path in sorted((RESULTS / "runs").glob("smol-*.json")):
+        if path.stem.startswith("smol-ownwords"):
+            continue
         run = read(path)
-        ends = run["metrics"][0], run["metrics"][-1]
         rates = [f"{100 * run['eval'][key]:.1f}" if run["eval"].get(key) is not None else "–"
                  for key in ("success", "parse_rate", "reading_rate")]
-        entropies = [" → ".join(f"{abs(row[part]):.3f}" for row in ends)
-                     for part in ("thought_logp", "action_logp")]
-        length = " → ".join(f"{row['response_tokens']:.0f}" for row in ends)
+        entropies = [ends(run, "thought_logp", ".3f"), ends(run, "action_logp", ".3f")]
+        length = ends(run, "response_tokens", ".0f")
         error = max(row["ratio_error"] for row in run["metrics"])
         name = path.stem.removeprefix("smol-")
         rows.append([name, *rates, *entropies, length, f"{error:.0e}" if error else "0",
@@ -249,10 +255,30 @@ def smol_runs():
                      "of actions", "tokens", "error of ρ", "core-minutes"], rows)
 
 
+def own_words():
+    """SmolLM2's start whose thoughts have many wordings, and RL from it, by λ.
+
+    Minibatches: which were learned from before the limit on the KL ended their update, of all.
+    """
+    start = baselines()["smol-ownwords-start"]
+    rows = [["SFT start", *(f"{100 * start[key]:.1f}" for key in OWN_WORDS), *4 * ["–"]]]
+    for path in sorted((RESULTS / "runs").glob("smol-ownwords-*.json")):
+        run = read(path)
+        config, updates = run["config"], run["metrics"]
+        planned = config["total_timesteps"] // config["minibatch_size"] * config["update_epochs"]
+        rates = [f"{100 * run['eval'][key]:.1f}" for key in OWN_WORDS]
+        rows.append([f"{config['cot_lambda']:g}", *rates,
+                     ends(run, "thought_logp", ".2f"), ends(run, "action_logp", ".2f"),
+                     ends(run, "response_tokens", ".1f"),
+                     f"{sum(row['minibatches'] for row in updates)} of {planned}"])
+    return markdown(["own words, λ", "success, %", "read, %", "compared rightly, %",
+                     "entropy of thoughts", "of actions", "tokens", "minibatches"], rows)
+
+
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
     return [ours(), paper(), seeds(), lambdas(), decisions("blackjack"), plans(), households(),
-            smol(), smol_runs(), decisions("smol-blackjack")]
+            smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
 
 
 # ---- figures -------------------------------------------------------------------------------------

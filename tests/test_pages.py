@@ -300,10 +300,13 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
                if "--steps 150" in taught["command"]]
     assert won["always:stand"] == 100 * stood["success"]
     fast = stored("tried/smol-blackjack-noise-0.3-lr-4e-4-seed1")["metrics"]
-    hands, learned = stored("tried/smol-blackjack-sampled")["hands"], stored("runs/smol-blackjack-seed1")["eval"]
+    hands = stored("tried/smol-blackjack-sampled")["hands"]
+    learned = [run["eval"] for run in make.runs("smol-blackjack")]
     with_ace = [100 * hand["scored"] for hand in hands if "A" in hand["hand"].split()]
     others = [100 * hand["scored"] for hand in hands if "A" not in hand["hand"].split()]
-    hit = {total: f"{100 * share:.0f} %" for total, share in learned["hit_rate_by_total"].items()}
+    hit = {total: " and ".join(f"{100 * seed['hit_rate_by_total'][total]:.0f}" for seed in learned) + " %"
+           for total in ("4", "11", "12", "21")}
+    low = " and ".join(f"{100 * seed['hit_rate_to_11']:.0f}" for seed in learned)
     assert {row["minibatches"] for row in rose[4:8]} == {2, 3, 4}       # of 8, in updates 5 to 8
     for said in (
             f"{build['wall_s'] / 60:.0f} minutes on two cores", "a batch of answers 6.0 s, one of captions 2.9",
@@ -316,7 +319,8 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
             f"of which hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
             f"read right in {100 * fast[2]['reading_rate']:.0f} of 100 answers after two updates",
-            f"It hits {hit['4']} of 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
+            f"They hit {hit['4']} of 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
+            f"({low} %, from {100 * start['blackjack']['hit_rate_to_11']:.0f})",
             f"in {min(with_ace):.0f} to {max(with_ace):.0f} %, the other {len(others)} in {np.mean(others):.0f} %",
             f"144 sampled answers hit in {100 * sum(hand['sampled'] for hand in hands) / 144:.1f} %",
             f"the scores say {np.mean(with_ace + others):.1f}", f"start D wins {clean:.1f} % of those",
