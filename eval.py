@@ -318,11 +318,12 @@ def play(options, given):
         if options.beside:
             sides.append(find_policy(*asked_beside(options, given, settings), options.task))
         recorder = Page(options.task, options.seed, options.greedy, sides)
+    others = baselines(settings)        # before the games: a broken file loses none
     result = play_task(options, policy, name, settings, given, recorder)
     for key, value in result.items():
         if value is not None:
             print(f"{key:18} {shown(value)}")
-    if others := baselines(settings):
+    if others:
         print(f"{'others win':18} {others} (results/baselines.json)")
     return result, recorder
 
@@ -353,7 +354,8 @@ def baselines(settings):
     """What players without a model win of the default games: "random 28.1 %, expert 43.6 %"."""
     if settings.game:                   # other deals
         return ""
-    found = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
+    with as_model_error(BASELINES):
+        found = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
     names = ("random", "constant", "heuristic", "below-14", "expert")
     shares = {name: found.get(f"{settings.task}-{name}") for name in names}
     return ", ".join(

@@ -258,7 +258,7 @@ def smol_runs():
 def own_words():
     """SmolLM2's start whose thoughts have many wordings, and RL from it, by λ.
 
-    Minibatches: which were learned from before the limit on the KL ended their update, of all.
+    Minibatches: those that were come to before the limit on the KL ended their update, of all.
     """
     start = baselines()["smol-ownwords-start"]
     rows = [["SFT start", *(f"{100 * start[key]:.1f}" for key in OWN_WORDS), *4 * ["–"]]]

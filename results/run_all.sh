@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the runs and baselines of this folder again, from the repository's root: bash results/run_all.sh [PATTERN]
 # One line a run, one core a run, as many side by side as there are cores; PATTERN (grep's) picks some. What is there
-# is skipped: to make a run again, delete results/runs/NAME.json and runs/NAME, or NAME's line of results/baselines.json.
+# is skipped: to make a run again, delete results/runs/NAME.json and runs/NAME, or NAME's line of results/baselines.json
+# (if it is the last, the comma before it too).
 # What was interrupted goes on.
 set -euo pipefail
 cores=$(nproc)               # before the next line, which nproc would obey
@@ -243,4 +244,8 @@ examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
 export -f train features run evaluate lesson best own smol smol_model smol_start
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
-all_runs | { grep -e "${1:-.}" || true; } | xargs -P "$cores" -I{} bash -ec '{}'
+chosen=$(all_runs | grep -e "${1:-.}") || {
+    echo "no run's line has '${1:-.}' in it; SmolLM2's need its package: results/SMOL.md" >&2
+    exit 1
+}
+xargs -P "$cores" -I{} bash -ec '{}' <<< "$chosen"

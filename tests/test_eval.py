@@ -17,6 +17,15 @@ from policy import Policy
 from tests.common import make_run, pocket_settings
 
 
+def test_a_broken_file_of_baselines_is_told_before_the_games(tmp_path, monkeypatch):
+    broken = tmp_path / "baselines.json"
+    broken.write_text('{"numberline-random": {},\n}')         # its last line was deleted
+    monkeypatch.setattr(evaluation, "BASELINES", broken)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("its games would be lost"))
+    with pytest.raises(SystemExit, match="baselines.json cannot be used"):
+        evaluation.main(["--task", "numberline", "--policy", "random", "--episodes", "2"])
+
+
 @pytest.mark.parametrize("task", GAMES)
 def test_the_shipped_model_reads_held_out_pictures(shipped, task):
     """Tokenizer and weights belong together: a pocket model that cannot read would still parse at 100 %."""
