@@ -32,7 +32,7 @@ from transformers.models.llava_next import image_processing_pil_llava_next
 from env import GAMES, check_game, make_game
 from families import save_processor
 from parse import make_answer
-from plumbing.checkpoint import put_in_place, unfinished
+from plumbing.checkpoint import locked, put_in_place, unfinished
 from plumbing.errors import ModelError, in_words
 from plumbing.flags import add_flags
 from plumbing.settings import Settings
@@ -234,7 +234,9 @@ def finish(options, task, build, **more):
     if Path(options.out).exists():
         raise ModelError(f"{options.out} is there already: choose another --out")
     begun = time.perf_counter()
-    build(options.out, **more)
+    with locked(unfinished(options.out)):       # two builds in one folder would spoil each other
+        build(options.out, **more)
+        (Path(options.out) / "run.lock").unlink()
     print(f"{options.out} in {time.perf_counter() - begun:.0f} s; try: python eval.py --task "
           f"{task} --model {options.out}")
 

@@ -13,7 +13,6 @@ It reads these games' pictures and nothing else; no claim about a 7B model follo
 """
 
 import json
-import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,8 +119,7 @@ def build(out, seed=0, steps=STEPS):
     One that is interrupted begins again.
     """
     part = unfinished(out)          # the folder appears whole
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)        # now, not after the lessons
+    part.mkdir(parents=True, exist_ok=True)         # now, not after the lessons
     language, tokenizer = language_model()
     processor = pocket.make_processor(tokenizer, chat_template=CHAT_TEMPLATE)
     model = make_model(language, tokenizer, seed)

@@ -188,11 +188,11 @@ def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smol, "version", lambda name: "0.1.2")
     out = tmp_path / "smol"
     (tmp_path / "smol.part").mkdir()
-    (tmp_path / "smol.part" / "old.txt").write_text("of a build that was interrupted")
-    smol.build(str(out), steps=(1, 2))
+    (tmp_path / "smol.part" / "config.json").write_text("of a build that was interrupted")
+    pocket.finish(SimpleNamespace(out=str(out)), "numberline", smol.build, steps=(1, 2))
     smol.build(str(tmp_path / "again"), steps=(1, 2))
     stored = [folder / "model.safetensors" for folder in (out, tmp_path / "again")]
-    assert stored[0].read_bytes() == stored[1].read_bytes() and not (out / "old.txt").exists()
+    assert stored[0].read_bytes() == stored[1].read_bytes() and not (out / "run.lock").exists()
     found = find_model(str(out))
     settings = resolve(Settings, {"task": "numberline"}, found)
     assert found.size == "small" and found.is_taught and settings.sft_steps == 0 and settings.lr == 1e-4
@@ -207,6 +207,16 @@ def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
     assert chat.startswith("<|im_start|>user\n<file_sep>") and chat.endswith("<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(ModelError, match="is there already"):
         pocket.finish(SimpleNamespace(out=str(out)), "numberline", smol.build)
+
+
+def test_a_second_build_into_a_folder_is_refused_while_the_first_goes_on(tmp_path):
+    options = SimpleNamespace(out=str(tmp_path / "smol"))
+    def second(out):
+        with pytest.raises(ModelError, match="is in use by process"):
+            pocket.finish(options, "numberline", lambda out: pytest.fail("it would spoil the first"))
+        (tmp_path / "smol.part").rename(out)
+    pocket.finish(options, "numberline", second)
+    assert list((tmp_path / "smol").iterdir()) == []
 
 
 def test_without_its_package_smol_says_what_to_install(tmp_path, monkeypatch):
