@@ -294,8 +294,9 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     assert {found["parse_rate"] for found in start.values()} == {1}
     assert start["numberline"]["reading_rate"] == start["ezpoints"]["reading_rate"] == 1
     rose = stored("tried/smol-numberline-lr-2e-4-seed1")["metrics"]
-    few, many = (stored("tried/smol-blackjack-totals")["players"][0][cards]
-                 for cards in ("two cards", "three or more cards"))
+    (few, many), (few_learned, many_learned) = (
+        (player["two cards"], player["three or more cards"]) for player in stored("tried/smol-blackjack-totals")["players"])
+    middling = [f"{100 * cards['hits on 12 to 16'][1]:.0f}" for cards in (many_learned, many, few_learned, few)]
     assert few["total right"] == 1 and round(many["decisions"] / (few["decisions"] + many["decisions"]), 2) == 0.34
     stood, players = stored("tried/smol-blackjack-lr-1e-4-seed1")["eval"], stored("tried/smol-blackjack-starts")["players"]
     won = {player["policy"]: 100 * player["success"] for player in players}
@@ -328,6 +329,8 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"144 sampled answers hit in {100 * sum(hand['sampled'] for hand in hands) / 144:.1f} %",
             f"the scores say {np.mean(with_ace + others):.1f}", f"start D wins {clean:.1f} % of those",
             f"and {100 * many['total right']:.0f} % of those of three or more cards",
+            f"seed 1 has {100 * many_learned['total right']:.0f} %",
+            "it hits in {} %, the start in {}; on two cards in {}, the start in {}".format(*middling),
             f"a model of its own, reads {100 * start['blackjack']['reading_rate']:.1f} %",
             f"It wins {100 * stood['success']:.1f} % of {stood['episodes']} deals, as always standing does"):
         assert said in prose, said
