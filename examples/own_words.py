@@ -7,7 +7,7 @@ r"""NumberLine whose demonstrations think in many words, and do not say what the
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
 copy it and λ has nothing to weigh. Here they have 16 and leave the choice to the action's tokens:
 taught with random labels, the action is a coin's throw before RL. A thought counts as true if its
-numbers and its direction are, in any mixture of these wordings' phrases. Other words may be misjudged.
+numbers and its direction are, in any mixture of these wordings' phrases. Others may be misjudged.
 """
 
 import re
