@@ -7,6 +7,7 @@ Errors are ModelErrors that say what to do. Does not handle: reading weights (po
 what fits into memory (memory.py), what the settings are (settings.py).
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,20 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
         if Path(folder).resolve() == SHIPPED[other].resolve():
             raise ModelError(
                 f"{other} knows the words of other games than {task}: --model pocket is its own")
+    taught = [game for place in (folder, adapters) if place for game in _taught(place)]
+    if taught and task not in taught:
+        why += f" (taught {', '.join(taught)} but not {task}: sft.py can)"
     return FoundModel(name, base_model, adapters, folder, _config(folder), device, why)
+
+
+def _taught(folder) -> list[str]:
+    """The games of a folder's lessons, by sft.py or lab/smol.py; [] where no file names them."""
+    recipe = Path(folder) / "sft.json"
+    if not recipe.exists():
+        return []
+    with as_model_error(recipe):
+        stored = json.loads(recipe.read_text(encoding="utf-8"))
+        return list(stored["noise"]) if "noise" in stored else [stored["task"]]
 
 
 def try_gpu(device):

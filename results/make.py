@@ -260,8 +260,9 @@ def own_words():
 
     Minibatches: those that were come to before the limit on the KL ended their update, of all.
     """
-    start = baselines()["smol-ownwords-start"]
-    rows = [["SFT start", *(f"{100 * start[key]:.1f}" for key in OWN_WORDS), *4 * ["–"]]]
+    rows = []
+    if start := baselines().get("smol-ownwords-start"):
+        rows.append(["SFT start", *(f"{100 * start[key]:.1f}" for key in OWN_WORDS), *4 * ["–"]])
     for path in sorted((RESULTS / "runs").glob("smol-ownwords-*.json")):
         run = read(path)
         config, updates = run["config"], run["metrics"]
@@ -301,7 +302,8 @@ def draw_curves(file, prefix=""):
             axes.plot(steps, np.nanmean(success, 0), color=color, label=label)
             axes.fill_between(steps, np.nanmin(success, 0), np.nanmax(success, 0), color=color,
                               alpha=0.2, linewidth=0)
-            axes.plot(0, baseline(prefix + task, start), "o", color=color, markersize=4)
+            if f"{prefix}{task}-{start}" in baselines():
+                axes.plot(0, baseline(prefix + task, start), "o", color=color, markersize=4)
             axes.plot([steps[-1]] * len(chosen), finals(chosen), "o", color=color, markersize=4)
         axes.axhline(CEILING[task], linestyle="--", color="black", label="exact ceiling")
         chance = baseline(prefix + task, "random")
