@@ -5,8 +5,8 @@ r"""NumberLine whose demonstrations think in many words, and do not say what the
     python train.py --task examples/own_words.py:OwnWords --model runs/words --total-timesteps 2048
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
-copy it and λ has nothing to weigh. Here they have 16 and leave the choice to the action's tokens:
-taught with random labels, the action is a coin's throw before RL. A thought counts as true if its
+copy it and λ scales all that is learned. Here they have 16, which do not name the action: taught
+with random labels, it is a coin's throw before RL. A thought counts as true if its
 numbers and its direction are, in any mixture of these wordings' phrases. Others may be misjudged.
 """
 
@@ -32,7 +32,7 @@ COMPARISONS = (
     ("That is {far} above me, which is where I should go next.",
      "That is {far} below me, which is where I should go next."),
 )
-# what a text says of either number, of their distance, and of which is greater, in such phrases
+# what these phrases claim: the two numbers, their distance, which is greater
 TARGET = re.compile(r"(?:target(?: number)? is|get to|should be|and) (\d+)")
 CURRENT = re.compile(r"(?:(?<!target )number is|I am at|see are) (\d+)")
 FAR = re.compile(r"(\d+) (?:too|above|below)")
@@ -46,7 +46,8 @@ class OwnWords(NumberLine):
 
     def __init__(self, max_position=5, render_mode=None):
         super().__init__(max_position, render_mode)
-        # demonstrations' wording, in every game object the same; no part of the state
+        # Wordings of demonstrations, no part of the state. subtle: every object draws the same ones
+        # in the same order, and results/SMOL.md's start was made so.
         self.words = np.random.default_rng(0)
 
     def thoughts(self, info, action):

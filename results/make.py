@@ -55,6 +55,7 @@ SMOL = {
     "**PPO**": "",
     "SFT start, without chain of thought": "start-no-cot",
     "PPO without chain of thought": "no-cot",
+    "supervised learning on clean labels": "best-start",
     "uniform random": "random",
     "hit below 12": "below-12",
     "best play": "expert",
@@ -235,8 +236,7 @@ def ends(run, key, form):
 def smol_runs():
     """SmolLM2's runs, one by one: their held-out games, then answers in rollouts, first → last.
 
-    Entropy, of an answer's part in nats, by what was sampled: E[−log π]. ρ: the largest error of
-    any update before its first step.
+    Entropy, of an answer's part in nats, by what was sampled: E[−log π].
     """
     rows = []
     for path in sorted((RESULTS / "runs").glob("smol-*.json")):
@@ -245,14 +245,11 @@ def smol_runs():
         run = read(path)
         rates = [f"{100 * run['eval'][key]:.1f}" if run["eval"].get(key) is not None else "–"
                  for key in ("success", "parse_rate", "reading_rate")]
-        entropies = [ends(run, "thought_logp", ".3f"), ends(run, "action_logp", ".3f")]
-        length = ends(run, "response_tokens", ".0f")
-        error = max(row["ratio_error"] for row in run["metrics"])
-        name = path.stem.removeprefix("smol-")
-        rows.append([name, *rates, *entropies, length, f"{error:.0e}" if error else "0",
-                     f"{run['wall_s'] / 60:.0f}"])
+        thoughts = ends(run, "thought_logp", ".3f") if run["config"]["cot"] else "–"
+        rows.append([path.stem.removeprefix("smol-"), *rates, thoughts,
+                     ends(run, "action_logp", ".3f"), f"{run['wall_s'] / 60:.0f}"])
     return markdown(["run", "success, %", "parsed, %", "read, %", "entropy of thoughts",
-                     "of actions", "tokens", "error of ρ", "core-minutes"], rows)
+                     "of actions", "minutes"], rows)
 
 
 def own_words():

@@ -202,6 +202,7 @@ all_runs() {
             echo smol_start smol-$task-start-no-cot ${games[$task]} --task $task --model ${from[$task]} --temperature 0.5 --no-cot
         done
         echo smol_start smol-numberline-start-temperature-0.2 200 --task numberline --model runs/smol --temperature 0.2
+        echo smol_start smol-blackjack-best-start ${games[blackjack]} --task blackjack --model runs/smol-blackjack-clean --temperature 0.5
         echo evaluate smol-blackjack-below-12 ${games[blackjack]} --task blackjack --policy below:12
         local rl="--total-timesteps 4096" short="--total-timesteps 2048"
         for seed in 1 2 3; do
