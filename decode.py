@@ -1,8 +1,8 @@
 """Writing answers a token at a time: prompts are read once, then each step adds a token to a cache.
 
     cache = open_cache(policy, positions, max_new_tokens)   # for B prompts
-    logp = cache.read(prompts, ids, mask, positions)        # (B, V) of each answer's first token
-    logp = cache.step(drawn)                                # (B, V) of the next; drawn: (B, 1)
+    logp = cache.read(prompts, ids, mask, positions)        # (B, W) of each answer's first token
+    logp = cache.step(drawn)                                # (B, W) of the next; drawn: (B, 1)
 
 Two caches give the same distribution. The one that grows is transformers' own and serves every
 model. The fixed one is for a GPU: a step of a large model is some 1,700 small kernels, which a
@@ -107,6 +107,7 @@ class FixedCache:
                 raise
             except RuntimeError as error:       # what torch raises of a GPU
                 policy.decoding = "fixed"
+                self.kind = rows, slots, policy.decoding        # of this kind from now on
                 warnings.warn(
                     f"no decoding step could be captured, so decoding is slower: {error}",
                     stacklevel=2)

@@ -11,7 +11,7 @@ games share (seeding, counting steps, success, saved states) is games/game.py's 
 Differs from the published gym_cards: all chance comes from the environment's own generator,
 formulas are exact fractions, two adjacent digits never form a number, NumberLine draws its 30 deals
 uniformly, the dealer's hidden card is nowhere in `info`. Rules: section 5 and appendix B of the
-paper (arXiv 2405.10292). Does not handle: drawing (games/draw.py), the arithmetic of formulas
+paper (arXiv 2405.10292). Does not handle: sprites (games/draw.py), the arithmetic of formulas
 (games/formula.py), who plays well (games/expert.py), prompts and answers (parse.py), games from
 outside (games/outside.py).
 """

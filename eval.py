@@ -8,9 +8,9 @@
 
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds. The
 last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack,
-so look at `reading_rate`, `expert_agreement`, `plan_rate` and `hit_rate_by_total` first
-(games/statistics.py). Does not handle: who plays (players.py), letting a policy answer
-(rollout.py).
+so look first at `reading_rate`, `expert_agreement` (games/statistics.py), `plan_rate` and
+`hit_rate_by_total` (games/expert.py). Does not handle: who plays (players.py), letting a policy
+answer (rollout.py).
 """
 
 import argparse
@@ -31,8 +31,8 @@ from games.statistics import Decision, decision_statistics, rate, wilson
 from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
 from plumbing.checkpoint import write_whole
 from plumbing.errors import ModelError, as_model_error, in_words, printable, say
-from plumbing.flags import SIZES, add_flags
-from plumbing.settings import Settings, resolve
+from plumbing.flags import SIZES_HELP, add_flags
+from plumbing.settings import Settings, flag, resolve
 
 BASELINES = Path(__file__).parent / "results" / "baselines.json"
 HANDFUL = 8         # answers, none of them usable: rather a broken set-up than a weak model
@@ -88,7 +88,8 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
             if slot.episode is not None:
                 slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
         slots = [slot for slot in slots if slot.episode is not None]
-        if len(decisions) - len(choices) < HANDFUL <= len(decisions) and chance_plays(decisions):
+        now_enough = len(decisions) - len(choices) < HANDFUL <= len(decisions)
+        if now_enough and chance_plays(decisions):
             say_chance_plays(decisions)
     share = low = high = None
     if not np.isnan(success).any():
@@ -165,7 +166,8 @@ def held_out(policy, settings, update, path, board=None):
 # ---- the command line --------------------------------------------------------------------------
 def make_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=SIZES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, epilog=SIZES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", required=True,
         help=f"{', '.join(TASKS)}, my_game.py:CLASS, gymnasium:ID, or all: the first ones, one "
@@ -240,7 +242,7 @@ def check_options(options, given):
     wrong = [(value == "", f"--{name} is empty: an unset variable?")
              for name, value in vars(options).items()]
     wrong += [
-        (not 1 <= value < 2**31, f"--{name.replace('_', '-')} must be 1 or more, and below 2³¹")
+        (not 1 <= value < 2**31, f"{flag(name)} must be 1 or more, and below 2³¹")
         for name, value in counts.items()]
     wrong += [
         (not 0 <= options.seed <= 2**31 - options.episodes,

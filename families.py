@@ -4,7 +4,7 @@
     prompts   = family.encode(pictures, texts)          # [({image tensors}, token ids)]
     features  = family.image_features([images, …], [I, …])      # [(I, levels, D)]
     more      = family.image_inputs(ids, features)      # what the model's forward takes of them
-    positions = family.positions(images, ids, mask)     # (B, length), or (3, B, length): the Qwens
+    positions = family.positions(images, ids, mask)     # (B, length); (3, B, length) with M-RoPE
 
 transformers 5 gives all their inner models `get_image_features` and `mm_encoder_outputs`.
 What it does not tell stands in FAMILIES; how one is added, in extras/README.md. subtle: with wrong
@@ -265,9 +265,9 @@ class Family:
         return {"mm_encoder_outputs": {"image": seen}, **dict.fromkeys(types, is_image)}
 
     def positions(self, images, ids, mask):
-        """(B, length) of ids and mask, padded on either side; (3, B, length) for the Qwens.
+        """(B, length) of ids and mask, padded on either side; (3, B, length) with M-RoPE.
 
-        Their image tokens have a row and a column beside their place in the text (M-RoPE).
+        There an image token has a row and a column beside its place in the text (Qwen, GLM-4.1V).
         """
         if not hasattr(self.model.model, "get_rope_index"):
             # padding on the right counts on: a place told twice would be taken for another text's

@@ -83,7 +83,7 @@ def imitate(policy, optimizer, won, game, settings, generator: torch.Generator) 
             group = batch[k:k + settings.micro_batch_size]
             states = [_observed(game, kept[i][0], settings.cot) for i in group]
             prompts = policy.encode(*zip(*states))
-            logp, _, _ = policy.logprobs(prompts, answers[k:k + settings.micro_batch_size])
+            logp, _ = policy.logprobs(prompts, answers[k:k + settings.micro_batch_size])
             loss = -logp.sum() / tokens
             loss.backward()
             total += loss.detach().cpu()

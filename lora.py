@@ -33,7 +33,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     # some modules read these themselves: SigLIP's pooling head to multiply, others for their type
-    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
 
     def forward(self, x):
         copies = None if torch.is_grad_enabled() else self.playing      # they would learn nothing

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 train.py --task blackjack       # gloo on CPUs, NCCL on GPUs
 
 Every process holds the whole policy, plays and learns from its own games, and takes the mean of
-all gradients, so the copies stay equal. Without torchrun there is one process, and every function
-here does nothing. With it, every process must come to each call.
+all gradients, so the copies stay equal. Without torchrun there is one process, which here
+counts as all of them. With it, every process must come to each call.
 Does not handle: several machines' file systems, sharded weights.
 """
 

@@ -87,16 +87,17 @@ def scripted_player(name, task, seed):
     legal.
     """
     kind, colon, argument = name.partition(":")
+    key = kind + colon
     generator, scripts = np.random.default_rng(seed), find_game(task).scripts
     players = {
         "random": lambda game, legal, info: legal[int(generator.integers(len(legal)))],
         "expert": lambda game, legal, info: game.best_actions(info)[0],
         "always:": lambda game, legal, info: argument,
     }
-    if kind + colon in scripts:
-        script = scripts[kind + colon](argument)
-        players[kind + colon] = lambda game, legal, info: script(info)
-    if kind + colon not in players or colon and not argument:
+    if key in scripts:
+        script = scripts[key](argument)
+        players[key] = lambda game, legal, info: script(info)
+    if key not in players or colon and not argument:
         raise ValueError(
             f"no policy {name!r}: use random, expert or always:ACTION, at Blackjack also below:14, "
             "on ALFWorld heuristic")
@@ -105,7 +106,7 @@ def scripted_player(name, task, seed):
         choices = []
         for game, info in zip(games, infos):
             legal = game.legal_actions()
-            action = players[kind + colon](game, legal, info)
+            action = players[key](game, legal, info)
             if action not in legal:
                 raise ModelError(f"{action!r} is no legal action of {task}: {', '.join(legal)}")
             choices.append(Choice(action, legal.index(action)))

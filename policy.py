@@ -4,10 +4,10 @@
     policy = Policy(model, processor, rank=128, temperature=0.2)
     prompts   = policy.encode(pictures, texts)              # what the model gets, kept for scoring
     responses = policy.generate(prompts, generator)         # the very token ids that were sampled
-    logp, mask, value = policy.logprobs(prompts, responses) # (B, T), (B, T), (B,)
+    logp, value = policy.logprobs(prompts, responses)       # (B, T), (B,)
 
 Alphabet of shapes, in all files: B samples, I image tokens, P prompt tokens (image tokens among
-them), T response tokens, D hidden size, V vocabulary, N games, L steps of each, S = L × N samples
+them), T response tokens, D hidden size, W vocabulary, N games, L steps of each, S = L × N samples
 of a rollout. "levels" is 1; more where deeper layers get picture features too (Qwen3-VL).
 
 Differs from the published code: one function scores old, new and supervised answers; transformers'
@@ -173,7 +173,7 @@ class Policy(nn.Module):
         vocabulary = model.get_output_embeddings().weight.shape[0]
         suppress_tokens = torch.arange(vocabulary) >= len(self.tokenizer)       # rows of no token
         suppress_tokens[self.family.suppressed_tokens()] = True                 # image, padding, …
-        suppress_tokens = suppress_tokens.to(model.device)                      # (V,) bool
+        suppress_tokens = suppress_tokens.to(model.device)                      # (W,) bool
         self.register_buffer("suppress_tokens", suppress_tokens, persistent=False)
 
     def _disable_dropout(self):
@@ -259,7 +259,7 @@ class Policy(nn.Module):
             use_cache=use_cache, **images)
 
     def log_softmax(self, hidden):
-        """(…, D) → (…, V) fp32: the one distribution that is sampled from and scored."""
+        """(…, D) → (…, W) fp32: the one distribution that is sampled from and scored."""
         # subtle: in fp32 from the head on. A bf16 logit of 20 is off by up to 0.06, which at
         # temperature 0.2 is 0.3 nats.
         head = self.fp32_head
@@ -273,12 +273,11 @@ class Policy(nn.Module):
 
         shape: (rows, length, T) that the batch is padded to (rollout.padded_shapes); without one,
         to its own longest. Returns logp (B, T) fp32, the log-probability of each response token
-        given all before it, 0 where padded; mask (B, T) float, 1 on response tokens; value (B,)
-        fp32, read at the last prompt token (before any response token, so it cannot see what was
-        answered).
+        given all before it, 0 where padded; value (B,) fp32, read at the last prompt token (before
+        any response token, so it cannot see what was answered).
         """
         B = len(prompts)
-        rows, length, T = shape or (B, None, max(map(len, responses)) or 1)
+        rows, length, T = shape or (B, None, max(map(len, responses)))
         # missing rows are copies of the first, dropped below
         prompts = [*prompts, *prompts[:1] * (rows - B)]
         responses = [*responses, *responses[:1] * (rows - B)]
@@ -288,7 +287,7 @@ class Policy(nn.Module):
         value = self.value_head(hidden[:, 0])                               # (B,)
         # the hidden state at a place predicts the token of the next
         logp = self.log_softmax(hidden).gather(-1, tokens[..., None]).squeeze(-1)   # (B, T)
-        return torch.where(mask > 0, logp, 0.0), mask.float(), value
+        return torch.where(mask > 0, logp, 0.0), value
 
     def _read(self, prompts, texts, T=1, length=None):
         """Hidden states at T places (B, T, D), the first of them each prompt's last token.
@@ -340,7 +339,7 @@ class Policy(nn.Module):
         texts = [prompt.ids for prompt in prompts]
         ids, mask, positions = self._side_by_side(prompts, texts, left=True)    # (B, P)
         cache = open_cache(self, positions, max_new_tokens)
-        logp = cache.read(prompts, ids, mask, positions)                        # (B, V)
+        logp = cache.read(prompts, ids, mask, positions)                        # (B, W)
         responses = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))           # rows; all go on until none is left
         for length in range(1, max_new_tokens + 1):
@@ -365,7 +364,7 @@ class Policy(nn.Module):
         return responses
 
     def _draw(self, logp, generator, greedy):
-        """A token for each row of log-probabilities (B, V): (B, 1); -1 where they are nan."""
+        """A token for each row of log-probabilities (B, W): (B, 1); -1 where they are nan."""
         broken = logp.isnan().any(-1, keepdim=True)
         if greedy:
             drawn = logp.argmax(-1, keepdim=True)
@@ -390,7 +389,9 @@ class Policy(nn.Module):
         low, high = 0, len(response)
         while low < high:
             middle = (low + high) // 2
-            if len(self.decode(response[:middle + 1])) > start:
+            # subtle: halving needs lengths that only grow, and a character's first bytes are shown
+            # as up to three signs, the whole of it as one
+            if len(self.decode(response[:middle + 1]).rstrip("\ufffd")) > start:
                 high = middle
             else:
                 low = middle + 1

@@ -39,19 +39,19 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     return advantages, advantages + values              # returns R_t = A_t + V(s_t)
 
 
-def answer_logprob(logp, mask, action_starts, cot_lambda):
-    """(B,) λ-weighted log-probability of answers from their tokens' logp (B, T) and mask (B, T).
+def answer_logprob(logp, action_starts, cot_lambda):
+    """(B,) λ-weighted log-probability of answers from their tokens' logp (B, T), 0 where padded.
 
     action_starts (B,): index of the first action token. λ = 1 is the plain sum, λ = 0 ignores the
     thoughts.
 
-    >>> answer_logprob(torch.tensor([[-1., -2., -3.]]), torch.ones(1, 3), torch.tensor([2]), 0.5)
+    >>> answer_logprob(torch.tensor([[-1., -2., -3.]]), torch.tensor([2]), cot_lambda=0.5)
     tensor([-4.5000])
     """
     places = torch.arange(logp.shape[1], device=logp.device)
     is_thought = places < action_starts[:, None]                                # (B, T)
     # log π(a) = λ Σ log π(v_tht) + Σ log π(v_act)
-    return (logp * mask * torch.where(is_thought, cot_lambda, 1.0)).sum(1)
+    return (logp * torch.where(is_thought, cot_lambda, 1.0)).sum(1)
 
 
 def policy_loss(logp, old_logp, advantages, clip_coef):
@@ -101,7 +101,7 @@ def minibatches(samples, size, epochs, generator) -> list[list[int]]:
 def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator) -> dict:
     """Improve the policy on one rollout; return diagnostics, means over its minibatches.
 
-    policy: anything with `logprobs(prompts, responses, shape) → (logp, mask, value)`,
+    policy: anything with `logprobs(prompts, responses, shape) → (logp, value)`,
     `prompt_hidden` and `value_head`, such as policy.Policy. optimizer: its first group of
     parameters is the policy's, its second the value head's. rollout: rollout.Rollout, scored and
     with advantages. generator: a CPU one, for the order of samples. Under torchrun every process
@@ -116,19 +116,19 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(5)           # policy loss, value loss, KL, clipped, whole answers' KL
         for group, shape in rollout.micro_batches(batch):
-            logp, mask, values = policy.logprobs(                       # (B, T), (B, T), (B,)
+            logp, values = policy.logprobs(                             # (B, T), (B,)
                 [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
             starts, old_logp, old_answer_logp, advantages, returns = (  # each (B,)
                 column[group].to(logp.device) for column in (
                     rollout.action_starts, rollout.old_logp, rollout.old_answer_logp,
                     rollout.advantages, rollout.returns))
-            new_logp = answer_logprob(logp, mask, starts, settings.cot_lambda)
+            new_logp = answer_logprob(logp, starts, settings.cot_lambda)
             if number == 0:
                 error = ((new_logp - old_logp).exp() - 1).abs().max().item()
                 ratio_error = max(ratio_error, error)
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
             v_loss = value_loss(values, returns)        # no gradient into the model: ValueHead
-            answer_kl = kl_estimate(answer_logprob(logp, mask, starts, 1.0) - old_answer_logp)
+            answer_kl = kl_estimate(answer_logprob(logp, starts, 1.0) - old_answer_logp)
             share = len(group) / len(batch)     # subtle: micro-batches add up to the batch's mean
             (share * (p_loss + v_loss)).backward()
             found = torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped, answer_kl])

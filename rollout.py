@@ -60,6 +60,38 @@ def act(policy, games: list, pictures, infos: list[dict], generator: torch.Gener
     return prompts, responses, choices
 
 
+# ---- why the ratio is 1 before the first step --------------------------------------------------
+class Shape(NamedTuple):
+    """What a micro-batch is padded to."""
+
+    rows: int       # samples; rows that are missing are filled
+    length: int     # of prompt and response together
+    response: int   # T
+
+
+def padded_shapes(prompts, responses, settings) -> list[Shape]:
+    """The Shape in which each sample is scored, before learning and in every minibatch alike.
+
+    subtle: a matrix product may round otherwise in a batch of another size, for which a machine has
+    another kernel. At depth in bf16 such differences have moved ratios by 0.3, and PPO clips at
+    0.1; in batches of one size the ratio before the first step is 1 exactly. Usually there is one
+    shape. Where the longest samples are more than a tenth longer there are two: full micro-batches
+    for the 95 % shortest, smaller ones for the rest.
+    """
+    lengths = [len(prompt.ids) + len(response) for prompt, response in zip(prompts, responses)]
+    short, long = sorted(lengths)[len(lengths) * 95 // 100], max(lengths)
+    if long <= 1.1 * short:
+        short = long
+    # a process's part of a minibatch: more rows would be filling
+    own = settings.minibatch_size // parallel.size()
+    T = max(len(response) for response, length in zip(responses, lengths) if length <= short)
+    usual = Shape(min(settings.micro_batch_size, own), short, T)
+    # a minibatch has some 5 % of long samples: a sixteenth of its rows, and no more tokens
+    few = max(1, min(math.ceil(own / 16), usual.rows * short // long))
+    wide = Shape(few, long, max(map(len, responses)))
+    return [wide if length > short else usual for length in lengths]
+
+
 # ---- many steps --------------------------------------------------------------------------------
 @dataclass
 class Rollout:
@@ -81,7 +113,7 @@ class Rollout:
     last_prompts: list = field(default_factory=list)    # N Prompts: the states after the last step
     episodes: list = field(default_factory=list)        # (return, success) of those that ended
     action_starts: torch.Tensor = None  # (S,) the token where the action part begins
-    shapes: list = field(default_factory=list)          # S Shapes (padded_shapes, below)
+    shapes: list = field(default_factory=list)          # S Shapes (padded_shapes)
 
     old_logp: torch.Tensor = None       # (S,) λ-weighted
     old_answer_logp: torch.Tensor = None    # (S,) of the whole answers, unweighted
@@ -152,14 +184,14 @@ def score_rollout(policy, rollout: Rollout, settings):
     rollout.old_logp, rollout.old_answer_logp, rollout.old_values = torch.zeros(3, S)
     rollout.part_logp = torch.zeros(2)
     for group, shape in rollout.micro_batches(range(S)):
-        logp, mask, values = policy.logprobs(                           # (B, T), (B, T), (B,)
+        logp, values = policy.logprobs(                                 # (B, T), (B,)
             [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
         starts = rollout.action_starts[group].to(logp.device)           # (B,)
-        rollout.old_logp[group] = answer_logprob(logp, mask, starts, settings.cot_lambda).cpu()
+        rollout.old_logp[group] = answer_logprob(logp, starts, settings.cot_lambda).cpu()
         rollout.old_values[group] = values.cpu()
         # for the metrics: with λ = 1 the whole answers, with 0 their action parts
-        rollout.old_answer_logp[group] = answer_logprob(logp, mask, starts, cot_lambda=1.0).cpu()
-        action = answer_logprob(logp, mask, starts, cot_lambda=0.0).sum()
+        rollout.old_answer_logp[group] = answer_logprob(logp, starts, cot_lambda=1.0).cpu()
+        action = answer_logprob(logp, starts, cot_lambda=0.0).sum()
         rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
 
 
@@ -191,7 +223,7 @@ def _in_batches(function, prompts, size):
 
 
 # ---- what a rollout shows ----------------------------------------------------------------------
-def play_metrics(rollout: Rollout, settings, game) -> dict:
+def rollout_metrics(rollout: Rollout, settings, game) -> dict:
     """What the rollout shows of the policy, as plain values, over all processes.
 
     game: one of those that were played. Their meanings: results/README.md, "Metrics".
@@ -219,42 +251,6 @@ def play_metrics(rollout: Rollout, settings, game) -> dict:
         "response_tokens": mean([len(response) for response in rollout.responses]),
         "thought_logp": parts[0].item(),
         "action_logp": parts[1].item(),
+        "explained_variance": explained_variance(
+            parallel.concat(rollout.old_values), parallel.concat(rollout.returns)),
     }
-
-
-def value_metrics(rollout):
-    """How well V explains the returns."""
-    values, returns = parallel.concat(rollout.old_values), parallel.concat(rollout.returns)
-    return {"explained_variance": explained_variance(values, returns)}
-
-
-# ---- why the ratio is 1 before the first step --------------------------------------------------
-class Shape(NamedTuple):
-    """What a micro-batch is padded to."""
-
-    rows: int       # samples; rows that are missing are filled
-    length: int     # of prompt and response together
-    response: int   # T
-
-
-def padded_shapes(prompts, responses, settings) -> list[Shape]:
-    """The Shape in which each sample is scored, before learning and in every minibatch alike.
-
-    subtle: a matrix product may round otherwise in a batch of another size, for which a machine has
-    another kernel. At depth in bf16 such differences have moved ratios by 0.3, and PPO clips at
-    0.1; in batches of one size the ratio before the first step is 1 exactly. Usually there is one
-    shape. Where the longest samples are more than a tenth longer there are two: full micro-batches
-    for the 95 % shortest, smaller ones for the rest.
-    """
-    lengths = [len(prompt.ids) + len(response) for prompt, response in zip(prompts, responses)]
-    short, long = sorted(lengths)[len(lengths) * 95 // 100], max(lengths)
-    if long <= 1.1 * short:
-        short = long
-    # a process's part of a minibatch: more rows would be filling
-    own = settings.minibatch_size // parallel.size()
-    T = max(len(response) for response, length in zip(responses, lengths) if length <= short)
-    usual = Shape(min(settings.micro_batch_size, own), short, T)
-    # a minibatch has some 5 % of long samples: a sixteenth of its rows, and no more tokens
-    few = max(1, min(math.ceil(own / 16), usual.rows * short // long))
-    wide = Shape(few, long, max(map(len, responses)))
-    return [wide if length > short else usual for length in lengths]

@@ -32,6 +32,7 @@ from plumbing.adapters import save_adapters
 from plumbing.card import write_card
 from plumbing.checkpoint import (
     checkpoints,
+    drop_leftovers,
     held_back_interrupt,
     load_optimizer,
     locked,
@@ -45,7 +46,7 @@ from plumbing.errors import ModelError, as_model_error, in_words, say
 from plumbing.flags import read_settings, stored_settings
 from plumbing.loading import find_model, load_policy
 from plumbing.manifest import check, plain, write_manifest
-from plumbing.settings import ModelSettings, setting
+from plumbing.settings import ModelSettings, flag, setting
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class SFTSettings(ModelSettings):
             return "--label-noise is a share, 0 to 1"
         for name in ("steps", "batch_size", "micro_batch_size", "lr", "save_every"):
             if not getattr(self, name) > 0:
-                return f"--{name.replace('_', '-')} must be above 0"
+                return f"{flag(name)} must be above 0"
         if not self.full and not self.rank > 0:
             return "--rank must be above 0"
         if self.full and self.bits not in ("auto", "32"):
@@ -101,7 +102,7 @@ def demonstrations(task: str, seed: int, label_noise=0.0, cot=True,
     label, right or not. game_options: of the game's constructor.
     """
     game = make_game(task, **find_game(task).lesson_options | (game_options or {}))
-    # another stream than the deals'; the name's length is a number that most games differ in
+    # another stream than the deals'; the name's length stays, for the pocket model was made with it
     generator = np.random.default_rng([seed, len(type(game).__name__)])
     picture, info = game.reset(seed=seed)
     # Half of the games go on with the expert's action and half with the label's, so that both the
@@ -137,7 +138,7 @@ def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_
     AdamW, warm-up and a cosine to zero. batches: an iterator over lists of Demonstrations. saver: a
     Saver, of a run that goes on from what was saved: the same batches are dealt again up to it.
     """
-    parameters = dict(answer_parameters(policy))
+    parameters = dict(policy_parameters(policy))
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     done = saver.load(policy, optimizer) if saver else 0
     for _ in range(done):
@@ -161,8 +162,8 @@ def finetune(policy, batches: Iterator, steps: int, lr: float, warmup=30, micro_
     return losses
 
 
-def answer_parameters(policy):
-    """[(name, parameter)] of what writes the answers: all that learns but the value head."""
+def policy_parameters(policy):
+    """[(name, parameter)] of the policy proper: all that learns but the value head."""
     return [(name, p) for name, p in policy.trainable() if not name.startswith("value_head")]
 
 
@@ -176,7 +177,7 @@ def step(policy, parameters, optimizer, batch, micro_batch_size) -> float:
     tokens, total = sum(map(len, answers)), 0.0
     optimizer.zero_grad()
     for group in by_length(prompts, answers, micro_batch_size):
-        logp, _, _ = policy.logprobs([prompts[i] for i in group], [answers[i] for i in group])
+        logp, _ = policy.logprobs([prompts[i] for i in group], [answers[i] for i in group])
         # the mean over the whole batch's tokens, whatever the groups
         loss = -logp.sum() / tokens
         loss.backward()
@@ -210,7 +211,7 @@ class Saver:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         weights = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in answer_parameters(policy)}
+            name: tensor.detach().cpu().contiguous() for name, tensor in policy_parameters(policy)}
         save_file(weights, part / "weights.safetensors")
         save_optimizer(optimizer, part / "optimizer.safetensors")
         write_manifest(part, self.depends, self.settings)
@@ -224,7 +225,7 @@ class Saver:
         check(newest, self.depends, self.settings)
         stored = load_file(newest / "weights.safetensors")
         with torch.no_grad():
-            for name, parameter in answer_parameters(policy):
+            for name, parameter in policy_parameters(policy):
                 parameter.copy_(stored[name])
         load_optimizer(optimizer, newest / "optimizer.safetensors")
         return int(newest.name.removeprefix("checkpoint-"))
@@ -296,10 +297,9 @@ def clean_up(folder):
     """Drop what a finished run needs no more; a kill may have left it."""
     # train.py's checkpoints have a process0.json, and stay
     own = [whole for whole in checkpoints(folder) if not (whole / "process0.json").exists()]
-    left = [folder / "result.part", *own]
-    left += [*folder.glob("checkpoint-*.gone"), *folder.glob("checkpoint-*.part")]
-    for path in left:
+    for path in (folder / "result.part", *own):
         shutil.rmtree(path, ignore_errors=True)
+    drop_leftovers(folder)
 
 
 def main(arguments=None):

@@ -378,23 +378,6 @@ def test_fallback_is_uniform_over_the_legal_actions_and_counted():
 
 
 # ---- the expert and its demonstrations: games/expert.py, sft.py -----------------------------------------------------
-def value_of_blackjack(goal, hit_probability=None):
-    """Exact expectation over all deals, of the best play or of one that hits with a probability."""
-    values, odds, total = expert.blackjack_values(goal, hit_probability), expert.CARD_ODDS, 0.0
-    for (first, p), (second, q), (dealer, r) in itertools.product(odds.items(), repeat=3):
-        total += p * q * r * values.of_state(*expert._add(*expert._add(0, False, first), second), dealer)
-    return total
-
-
-def test_blackjack_values_are_the_exact_ones():
-    value = value_of_blackjack
-    assert value("win", lambda *_: 0.5) == pytest.approx(0.2806, abs=5e-5)
-    assert value("win", lambda *_: 0.0) == pytest.approx(0.3807, abs=5e-5)
-    assert value("win", lambda total, *_: float(total < 12)) == pytest.approx(0.4129, abs=5e-5)
-    assert value("win") == pytest.approx(0.4316, abs=5e-5)
-    assert value("return") == pytest.approx(-0.0466, abs=5e-5)
-
-
 @pytest.mark.parametrize("task, expected, games", [
     ("numberline", 1.0, 60), ("ezpoints", 1.0, 200), ("points24", 0.7309, 300), ("blackjack", 0.4316, 12_000)])
 def test_experts_reach_their_exact_values_in_play(task, expected, games):
@@ -451,7 +434,7 @@ def test_only_adapters_and_value_head_learn(shipped):
     for parts in itertools.chain.from_iterable(itertools.combinations(families.PARTS, n) for n in (1, 2, 3)):
         agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, target_modules=parts)
         shake(agent)
-        logp, _, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
+        logp, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
         (logp.sum() + value.sum()).backward()
         with_gradient = {name for name, p in agent.named_parameters() if p.grad is not None}
         wanted = {f"model.{path}.lora_{m}" for path in agent.lora for m in "AB"}
@@ -462,7 +445,7 @@ def test_only_adapters_and_value_head_learn(shipped):
 
 
 def test_the_value_head_only_reads(agent):
-    _, _, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
+    _, value = agent.logprobs(*samples_of(agent, 1, ("blackjack",), tokens=5))
     value.sum().backward()
     assert all(parameter.grad is None for name, parameter in agent.trainable() if not name.startswith("value_head"))
     assert all(parameter.grad is not None for parameter in agent.value_head.parameters())
@@ -474,9 +457,9 @@ def test_logprobs_are_hugging_faces_cross_entropy(agent, task):
     """λ = 1 equals the loss that transformers computes itself, on features that transformers made of the picture."""
     shake(agent)
     prompts, responses = samples_of(agent, 3, (task,))
-    logp, mask, _ = agent.logprobs(prompts, responses)
+    logp, _ = agent.logprobs(prompts, responses)
     agent.suppress_tokens[:] = False                                    # transformers' softmax knows no forbidden ids
-    free, _, _ = agent.logprobs(prompts, responses)
+    free, _ = agent.logprobs(prompts, responses)
     assert (logp >= free - 1e-5).all()                                  # what is forbidden was shared out
     pictures = [picture for _, picture, _ in states_of(task, 3)]
     for row, (prompt, response, picture) in enumerate(zip(prompts, responses, pictures)):
@@ -488,7 +471,7 @@ def test_logprobs_are_hugging_faces_cross_entropy(agent, task):
         output = SimpleNamespace(pooler_output=[features])
         loss = agent.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels,
                            mm_encoder_outputs={"image": output}).loss
-        assert mask[row].sum() == len(response)                         # every sampled token once
+        assert (free[row, len(response):] == 0).all()                   # every sampled token once
         torch.testing.assert_close(-free[row].sum() / len(response), loss, atol=2e-5, rtol=1e-5)
 
 
@@ -497,11 +480,11 @@ def test_batched_is_one_by_one(agent):
     shake(agent)
     prompts, responses = samples_of(agent, 2)
     responses[0], responses[3] = responses[0][:1], responses[3][:7]
-    logp, mask, value = agent.logprobs(prompts, responses)
+    logp, value = agent.logprobs(prompts, responses)
     torch.testing.assert_close(agent.value(prompts), value, atol=2e-5, rtol=1e-5)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        one, one_mask, one_value = agent.logprobs([prompt], [response])
-        assert one.shape == (1, len(response)) and mask[row].sum() == one_mask.sum() == len(response)
+        one, one_value = agent.logprobs([prompt], [response])
+        assert one.shape == (1, len(response))
         torch.testing.assert_close(logp[row, :len(response)], one[0], atol=2e-5, rtol=1e-5)
         assert (logp[row, len(response):] == 0).all()
         torch.testing.assert_close(value[row], one_value[0], atol=2e-5, rtol=1e-5)
@@ -511,7 +494,7 @@ def test_value_cannot_see_the_answer(agent):
     shake(agent)
     prompts, responses = samples_of(agent, 1, ("blackjack",))
     other = [[token for token in reversed(response)] for response in responses]
-    torch.testing.assert_close(agent.logprobs(prompts, responses)[2], agent.logprobs(prompts, other)[2])
+    torch.testing.assert_close(agent.logprobs(prompts, responses)[1], agent.logprobs(prompts, other)[1])
 
 
 def test_sampling_is_from_the_scored_distribution(tiny):
@@ -644,11 +627,10 @@ def test_gae_is_the_discounted_sum_of_deltas():
 # ---- ppo.py: λ ------------------------------------------------------------------------------------------------------
 def test_answer_logprob_weighs_thoughts_and_action():
     logp = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, 0.0]])
-    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0]])
     starts = torch.tensor([2, 3])                                       # one start a row; row 1 names no action
-    assert ppo.answer_logprob(logp, mask, starts, 0.5).tolist() == [-8.5, -3.0]
-    assert ppo.answer_logprob(logp, mask, starts, 1.0).tolist() == (logp * mask).sum(1).tolist()
-    assert ppo.answer_logprob(logp, mask, starts, 0.0).tolist() == [-7.0, 0.0]
+    assert ppo.answer_logprob(logp, starts, 0.5).tolist() == [-8.5, -3.0]
+    assert ppo.answer_logprob(logp, starts, 1.0).tolist() == logp.sum(1).tolist()
+    assert ppo.answer_logprob(logp, starts, 0.0).tolist() == [-7.0, 0.0]
 
 
 # ---- ppo.py: the update ---------------------------------------------------------------------------------------------
@@ -684,7 +666,7 @@ class Bandit(torch.nn.Module):
 
     def logprobs(self, prompts, responses, shape=None):
         logp = self.logits.log_softmax(0)[torch.tensor(responses)]      # (B, 1)
-        return logp, torch.ones_like(logp), self.value_head(self.prompt_hidden(prompts))
+        return logp, self.value_head(self.prompt_hidden(prompts))
 
     def prompt_hidden(self, prompts):
         return torch.ones(len(prompts))
@@ -782,7 +764,7 @@ def test_diagnostics_are_means_over_the_minibatches_of_every_epochs_own_order():
     losses, norms = [], []
     for batch in batches:
         policy.zero_grad()
-        logp, _, values = policy.logprobs([rollout.prompts[i] for i in batch], [rollout.responses[i] for i in batch])
+        logp, values = policy.logprobs([rollout.prompts[i] for i in batch], [rollout.responses[i] for i in batch])
         loss, kl, _ = ppo.policy_loss(logp.sum(1), rollout.old_logp[batch], rollout.advantages[batch], 1e-6)
         loss.backward()
         norms.append(policy.logits.grad.norm().item())
@@ -877,7 +859,7 @@ def test_ratio_is_one_before_the_first_step(shipped, task):
     shake(run.policy)
     rollout = play_out(run)
     assert len({tuple(p.ids) for p in rollout.prompts}) > (1 if task in ("ezpoints", "points24") else 0)
-    metrics = playing.play_metrics(rollout, run.settings, run.games[0])
+    metrics = playing.rollout_metrics(rollout, run.settings, run.games[0])
     assert metrics["thought_logp"] < 0 and metrics["action_logp"] <= 0
     assert largest_ratio_error(run.policy, rollout, [3, 40, 17], list(range(48))[::-5], [0]) == 0
     found = ppo.ppo_update(run.policy, run.optimizer, rollout, run.settings, run.shuffling)
@@ -921,7 +903,8 @@ def test_each_value_belongs_to_its_own_state(shipped, task):
     torch.testing.assert_close(rollout.advantages.view(L, N), normalised, atol=1e-2, rtol=1e-2)
     assert truncations > 0 and rollout.episodes == episodes
     variance = 1 - ((returns - v).var() / returns.var()).item()
-    assert playing.value_metrics(rollout)["explained_variance"] == pytest.approx(variance, abs=0.02)
+    found = playing.rollout_metrics(rollout, run.settings, run.games[0])
+    assert found["explained_variance"] == pytest.approx(variance, abs=0.02)
 
 
 def test_what_the_loop_writes_is_what_was_played(shipped, tmp_path, monkeypatch):
@@ -932,8 +915,8 @@ def test_what_the_loop_writes_is_what_was_played(shipped, tmp_path, monkeypatch)
     monkeypatch.setattr(train, "collect", lambda *arguments: played.append(plain(*arguments)) or played[0])
     train.run_whole(run, tmp_path)
     [rollout], [found] = played, run_metrics(tmp_path)
-    logp, mask, _ = run.policy.logprobs(rollout.prompts, rollout.responses)
-    weighed = ppo.answer_logprob(logp, mask, rollout.action_starts, 0.25)
+    logp, _ = run.policy.logprobs(rollout.prompts, rollout.responses)
+    weighed = ppo.answer_logprob(logp, rollout.action_starts, 0.25)
     torch.testing.assert_close(rollout.old_logp, weighed.detach(), atol=1e-3, rtol=1e-3)
     assert found["parse_rate"] == sum(c.named for c in rollout.choices) / 48
     assert found["reading_rate"] > 0.95                                 # of the state that it was asked in
@@ -953,7 +936,7 @@ def test_without_chain_of_thought_no_prompt_asks_for_thoughts(shipped):
     assert rollout.cut_off and not any('"thoughts"' in run.policy.tokenizer.decode(prompt.ids) for prompt in prompts)
     named = [choice.named for choice in rollout.choices]                # cut off after three tokens
     assert max(map(len, rollout.responses)) == 3
-    assert playing.play_metrics(rollout, run.settings, run.games[0])["parse_rate"] == sum(named) / len(named) < 1
+    assert playing.rollout_metrics(rollout, run.settings, run.games[0])["parse_rate"] == sum(named) / len(named) < 1
 
 
 # ---- the loop: train.py ---------------------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ from plumbing.errors import ModelError, as_model_error, in_words, say
 from plumbing.flags import read_settings
 from plumbing.loading import find_model, load_policy
 from plumbing.report import Report, draw_curve
-from plumbing.settings import ModelSettings, Settings, resolve
+from plumbing.settings import ModelSettings, Settings, flag, resolve
 from ppo import ppo_update
-from rollout import add_advantages, collect, play_metrics, score_rollout, value_metrics
-from sft import SFTSettings, answer_parameters, run_sft
+from rollout import add_advantages, collect, rollout_metrics, score_rollout
+from sft import SFTSettings, policy_parameters, run_sft
 
 
 class Run:
@@ -59,8 +59,8 @@ class Run:
 
         # two groups, each with a learning rate of its own: V learns faster; eps is the paper's
         head = list(policy.value_head.parameters())
-        answers = [p for _, p in answer_parameters(policy)]
-        groups = [{"params": answers, "lr": settings.lr}, {"params": head, "lr": settings.value_lr}]
+        weights = [p for _, p in policy_parameters(policy)]
+        groups = [{"params": weights, "lr": settings.lr}, {"params": head, "lr": settings.value_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-7)
         self.optimizers = {"optimizer": self.optimizer}     # all that a checkpoint keeps
 
@@ -68,21 +68,21 @@ class Run:
         # samples; and one for each game, of which a process plays its share.
         rank, share = parallel.rank(), settings.num_envs // parallel.size()
         own = np.random.SeedSequence(settings.seed, spawn_key=(rank,))
-        tokens, actions = own.generate_state(2).tolist()
+        token_seed, action_seed = own.generate_state(2).tolist()
         shared = np.random.SeedSequence(settings.seed)
-        order, *deals = shared.generate_state(1 + settings.num_envs).tolist()
-        self.sampling = torch.Generator(policy.device).manual_seed(tokens)  # tokens of answers
-        self.fallback = np.random.default_rng(actions)          # actions where none was named
-        self.shuffling = torch.Generator().manual_seed(order + rank)        # order of samples
+        order_seed, *deal_seeds = shared.generate_state(1 + settings.num_envs).tolist()
+        self.sampling = torch.Generator(policy.device).manual_seed(token_seed)  # of answers' tokens
+        self.fallback = np.random.default_rng(action_seed)      # of actions where none was named
+        self.shuffling = torch.Generator().manual_seed(order_seed + rank)   # of samples' order
         self.games = [make_game(settings.task, **settings.game_options) for _ in range(share)]
-        for game, seed in zip(self.games, deals[rank * share:]):
+        for game, seed in zip(self.games, deal_seeds[rank * share:]):
             # the first deal, above every held-out seed; later ones go on from its generator
             game.reset(seed=seed + 2**31)
         self.imitation_buffer = None
         if settings.imitation:      # off by default
             self.imitation_buffer = WonGames(share)
             # its own, or its steps would go on with PPO's momentum
-            self.optimizers["imitation"] = torch.optim.Adam(answers, lr=settings.lr, eps=1e-7)
+            self.optimizers["imitation"] = torch.optim.Adam(weights, lr=settings.lr, eps=1e-7)
 
 
 def train(run, folder, report):
@@ -112,7 +112,7 @@ def train(run, folder, report):
         report.lap("update_s")
 
         # record, save, show: in this order, so that nothing shown is ever lost
-        metrics = play_metrics(rollout, settings, run.games[0]) | learned | value_metrics(rollout)
+        metrics = rollout_metrics(rollout, settings, run.games[0]) | learned
         # the first game's last answer, as a sample to read
         sample = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()
         report.write(run.update, run.optimizer.param_groups[0]["lr"], metrics, *sample)
@@ -235,8 +235,8 @@ def launch(cls, description, arguments, make):
         for name in ("num_envs", "minibatch_size"):
             if getattr(settings, name) % parallel.size():
                 raise ModelError(
-                    f"--{name.replace('_', '-')} {getattr(settings, name)} cannot be shared out "
-                    f"evenly to {parallel.size()} processes")
+                    f"{flag(name)} {getattr(settings, name)} cannot be shared out evenly to "
+                    f"{parallel.size()} processes")
         first = parallel.rank() == 0            # it alone writes, so it alone holds the lock
         with locked(folder) if first else contextlib.nullcontext():
             if first:

@@ -184,7 +184,7 @@ def model_chooser(policy, seed, greedy, settings):
         [prompt], [response], [choice] = act(
             policy, [game], [picture], [info], generator, fallback, settings.cot,
             settings.max_new_tokens, greedy)
-        logp, mask, value = policy.logprobs([prompt], [response])       # (1, T), (1, T), (1,)
+        logp, value = policy.logprobs([prompt], [response])             # (1, T), (1,)
         start = choice.action_start
         starts = torch.tensor([start], device=logp.device)
         return choice, {
@@ -192,8 +192,8 @@ def model_chooser(policy, seed, greedy, settings):
             "logp": logp[0].tolist(),
             "action_token": start,
             "thought_logp": logp[0, :start].sum().item(),
-            "action_logp": answer_logprob(logp, mask, starts, cot_lambda=0.0).item(),
-            "weighted_logp": answer_logprob(logp, mask, starts, settings.cot_lambda).item(),
+            "action_logp": answer_logprob(logp, starts, cot_lambda=0.0).item(),
+            "weighted_logp": answer_logprob(logp, starts, settings.cot_lambda).item(),
             "value": value.item() if policy.value_head.fitted else None,
         }
 

@@ -196,13 +196,13 @@ def _card_shape():
 
 
 @lru_cache(maxsize=1024)
-def word(text, size, color=PAPER, background=FELT):
-    """A line of text as an array (height, width, 3), as wide as the text."""
+def word(text, size):
+    """A line of text, paper on felt, as an array (height, width, 3), as wide as the text."""
     font = ImageFont.load_default(size)
     width = int(font.getlength(text)) + 1
     height = int(size * 1.3)
-    picture, pen = sheet(width, height, background)
-    pen.text((0, size), text, fill=color, font=font, anchor="ls")
+    picture, pen = sheet(width, height, FELT)
+    pen.text((0, size), text, fill=PAPER, font=font, anchor="ls")
     return np.asarray(picture)
 
 

@@ -49,53 +49,23 @@ def dealer_odds(total, usable):
 
 
 @cache
-def stand_value(total, dealer, goal):
-    """Value of standing on `total` (22 or more: bust) against the dealer's card 1..10.
-
-    goal: "win" counts the probability to win, "return" wins minus losses.
-    """
-    if total > 21:
-        return 0.0 if goal == "win" else -1.0
+def stand_value(total, dealer):
+    """The probability to win by standing on `total`, against the dealer's card 1..10."""
     # with an infinite deck the card that lies face down is as good as not drawn yet
     odds = dealer_odds(*_add(0, False, dealer))
-    win = sum(p for final, p in odds.items() if final == 22 or final < total)
-    lose = sum(p for final, p in odds.items() if total < final < 22)
-    return win if goal == "win" else win - lose
+    return sum(p for final, p in odds.items() if final == 22 or final < total)
 
 
-def blackjack_values(goal="win", hit_probability=None):
-    """Return a function (total, usable, dealer) → (value of standing, value of hitting).
-
-    Hitting goes on with the best play for the goal, or with hit_probability(total, usable, dealer)
-    where that is given.
-    """
-    @cache
-    def values(total, usable, dealer):
-        stand = stand_value(total, dealer, goal)
-        # Q(s, hit) = Σ_rank p(rank) V(s with that card)
-        hit = 0.0
-        for rank, p in CARD_ODDS.items():
-            after, soft = _add(total, usable, rank)
-            if after > 21:
-                hit += p * stand_value(after, dealer, goal)
-            else:
-                hit += p * state_value(after, soft, dealer)
-        return stand, hit
-
-    def state_value(total, usable, dealer):
-        stand, hit = values(total, usable, dealer)
-        if hit_probability is None:
-            p = float(hit > stand)
-        else:
-            p = hit_probability(total, usable, dealer)
-        return (1 - p) * stand + p * hit
-
-    values.of_state = state_value
-    return values
-
-
-# made once, for it remembers all values that it was asked for
-_best_for_wins = blackjack_values("win")
+@cache
+def hit_value(total, usable, dealer):
+    """The probability to win by hitting, and by the best play for wins from then on."""
+    value = 0.0
+    # Q(s, hit) = Σ_rank p(rank) V(s with that card), V of a bust is 0
+    for rank, p in CARD_ODDS.items():
+        after, soft = _add(total, usable, rank)
+        if after <= 21:
+            value += p * max(stand_value(after, dealer), hit_value(after, soft, dealer))
+    return value
 
 
 # ---- NumberLine --------------------------------------------------------------------------------
@@ -131,8 +101,9 @@ class BlackjackExpert:
 
     def best_actions(self, info):
         """Best for wins, not for the return."""
-        stand, hit = _best_for_wins(info["total"], info["usable_ace"], card_value(info["dealer"]))
-        return ["hit" if hit > stand else "stand"]
+        total, dealer = info["total"], card_value(info["dealer"])
+        hit = hit_value(total, info["usable_ace"], dealer)
+        return ["hit" if hit > stand_value(total, dealer) else "stand"]
 
     def reading(self, info):
         return f"The dealer shows {info['dealer']}. My cards are {' '.join(info['hand'])},"

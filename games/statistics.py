@@ -1,4 +1,4 @@
-"""What single decisions say of a policy, which its average hides: read right, planned right.
+"""What single decisions say of a policy, which its average hides: read right, played as an expert.
 
     decision_statistics(game, decisions, cot=True)          # plain values, for eval.py's JSON
     wilson(50, 100)                                         # how sure a share of 50 in 100 is

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab.shapes import byte_processor, llava_7b_config, random_model
 from plumbing.adapters import PolicyFiles
 from plumbing.errors import in_words
-from plumbing.flags import SIZES, add_flags
+from plumbing.flags import SIZES_HELP, add_flags
 from plumbing.loading import find_model
 from plumbing.memory import ANSWER_TOKENS, memory_plan, peak, prompt_size
 from plumbing.settings import Settings, resolve
@@ -98,7 +98,7 @@ def flops_a_sample(policy, prompts, responses):
     kinds = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kinds), FlopCounterMode(display=False) as counter:
         for prompt, response in zip(prompts, responses):
-            logp, _, value = policy.logprobs([prompt], [response])
+            logp, value = policy.logprobs([prompt], [response])
             (logp.sum() + value.sum()).backward()
     policy.zero_grad()
     policy.gradient_checkpointing = checkpointing
@@ -239,7 +239,7 @@ def finish(figures, out):
 
 def make_parser():
     parser = bare_parser(__doc__)
-    parser.epilog = SIZES
+    parser.epilog = SIZES_HELP
     parser.add_argument(
         "--model", default="pocket", help=f"pocket, {RANDOM_7B}, a hub name or a folder")
     parser.add_argument("--task", default="blackjack")

@@ -99,10 +99,10 @@ class FeaturePolicy(nn.Module):
         return self.narrow(wide).log_softmax(-1)
 
     def logprobs(self, prompts, responses, _shape=None):
-        """As Policy.logprobs: logp (B, 1), mask (B, 1), value (B,)."""
+        """As Policy.logprobs: logp (B, 1), value (B,)."""
         hidden = self.prompt_hidden(prompts)
         logp = self.log_softmax(hidden).gather(1, torch.tensor(responses))
-        return logp, torch.ones_like(logp), self.value_head(hidden)
+        return logp, self.value_head(hidden)
 
     # -- out
     @torch.no_grad()

@@ -5,7 +5,7 @@
     files.load(policy, "adapters")
     adapter_settings("adapters")                # the Policy arguments that fit it
 
-Does not handle: the adapters themselves (policy.py), other kinds of adapters than plain LoRA.
+Does not handle: the adapters themselves (lora.py), other kinds of adapters than plain LoRA.
 """
 
 import json

@@ -169,15 +169,22 @@ def check_run_folder(folder, resume):
         raise ModelError(
             f"{folder} holds a run's metrics but no checkpoint (a copy of its results?): there is "
             "nothing to go on from, and starting anew would overwrite them; choose another --out")
-    for ending in (".part", ".gone"):       # of ours alone: checkpoint-notes.part is somebody's
-        for left in folder.glob("checkpoint-" + 6 * "[0-9]" + ending):
-            shutil.rmtree(left)
+    drop_leftovers(folder)
 
 
-def checkpoints(folder):
+def checkpoints(folder, ending=""):
     """The complete checkpoint folders of a run, oldest first. They appear by renaming: the newest
     is whole."""
-    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
+    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]" + ending))
+
+
+def drop_leftovers(folder):
+    """Delete checkpoints that a kill left half written or half deleted.
+
+    Of ours alone: checkpoint-notes.part is somebody's.
+    """
+    for left in (*checkpoints(folder, ".part"), *checkpoints(folder, ".gone")):
+        shutil.rmtree(left)
 
 
 def newest_checkpoint(folder):

@@ -19,7 +19,7 @@ from plumbing.memory import memory_note
 from plumbing.settings import departures, flag, resolve
 
 # what the brackets of --help need
-SIZES = ("[…] defaults; small: of a model whose hidden size is below 1,024, and of the pocket "
+SIZES_HELP = ("[…] defaults; small: of a model whose hidden size is below 1,024, and of the pocket "
          "model where it has none of its own")
 
 
@@ -60,7 +60,7 @@ class GameOption(argparse.Action):
 def make_parser(cls, description=None):
     as_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, epilog=SIZES, formatter_class=as_is)
+        description=description, epilog=SIZES_HELP, formatter_class=as_is)
     add_flags(parser, cls)
     return parser
 

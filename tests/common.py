@@ -161,9 +161,9 @@ def largest_ratio_error(policy, rollout, *batches):
     worst = 0.0
     for group, shape in itertools.chain.from_iterable(map(rollout.micro_batches, batches)):
         with torch.no_grad():
-            logp, mask, _ = policy.logprobs([rollout.prompts[i] for i in group], [rollout.responses[i] for i in group],
+            logp, _ = policy.logprobs([rollout.prompts[i] for i in group], [rollout.responses[i] for i in group],
                                             shape)
-        new = ppo.answer_logprob(logp, mask, rollout.action_starts[group], 0.5)
+        new = ppo.answer_logprob(logp, rollout.action_starts[group], 0.5)
         worst = max(worst, ((new - rollout.old_logp[group]).exp() - 1).abs().max().item())
     return worst
 

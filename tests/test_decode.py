@@ -46,7 +46,7 @@ def test_both_caches_draw_the_same_tokens(tiny_families, kind, monkeypatch):
         assert answers["growing"] == answers["fixed"]
         caches.append(agent.cache)
     assert caches[0] is caches[1] and agent.cache.kind[0] == 3 and agent.cache.kind[1] % decode.SLOTS == 0
-    logp, _, _ = agent.logprobs(prompts, answers["fixed"])
+    logp, _ = agent.logprobs(prompts, answers["fixed"])
     for row, response in enumerate(answers["fixed"]):
         decoded = torch.stack([steps[t][row, token] for t, token in enumerate(response)])
         torch.testing.assert_close(logp[row, :len(response)], decoded, atol=2e-6, rtol=1e-5)
@@ -119,6 +119,8 @@ def test_a_gpu_that_captures_nothing_goes_on_and_says_so_once(agent, monkeypatch
     agent.decoding = "captured"
     with pytest.warns(UserWarning, match="no decoding step could be captured.*not permitted"):
         assert agent.generate(prompts, torch.Generator().manual_seed(0), 12) == expected
+    cache = agent.cache
+    assert agent.generate(prompts, torch.Generator().manual_seed(0), 12) == expected and agent.cache is cache
     agent.logprobs(prompts, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -572,8 +572,9 @@ def test_a_model_leaves_as_it_played(agent, tmp_path, monkeypatch):
     assert model.config.model_type == "llava" and inputs["input_ids"][0].tolist() == prompt.ids
     torch.testing.assert_close(inputs["pixel_values"], prompt.images["pixel_values"], atol=1e-6, rtol=0)
     answers = [[token for token in row[len(prompt.ids):].tolist() if token] for row in drawn.sequences]     # 0: padding
-    ours, mask, _ = agent.logprobs(4 * [prompt], answers)
-    torch.testing.assert_close(torch.where(mask > 0, theirs[:, :ours.shape[1]], 0.0), ours, atol=1e-5, rtol=1e-5)
+    ours, _ = agent.logprobs(4 * [prompt], answers)
+    mask = torch.tensor([[place < len(answer) for place in range(ours.shape[1])] for answer in answers])
+    torch.testing.assert_close(torch.where(mask, theirs[:, :ours.shape[1]], 0.0), ours, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         for layer in agent.lora.values():
             layer.lora_B.zero_()

@@ -1,6 +1,7 @@
 """Games beyond their rules: pictures, saved states, experts, statistics, Gymnasium's wrappers."""
 
 import ast
+import functools
 import itertools
 import re
 
@@ -156,6 +157,34 @@ def test_every_symbol_that_some_solution_continues_is_the_experts():
         for tokens in (tokens for tokens in plain if "(" not in tokens):
             for k in range(1, len(tokens)):
                 assert tokens[k] in GAMES["points24"]().best_actions(info | {"formula": tokens[:k]})
+
+
+def value_of_blackjack(play, lost=0.0):
+    """Exact, over all deals: 1 a win, `lost` a loss. play: values of standing and of hitting, and the state → its own."""
+    odds, add = expert.CARD_ODDS, expert._add
+
+    @functools.cache
+    def value(total, usable, dealer):
+        if total > 21:
+            return lost
+        ends = expert.dealer_odds(*add(0, False, dealer))
+        stand = sum(p * (1 if end == 22 or end < total else lost * (end > total)) for end, p in ends.items())
+        hit = sum(p * value(*add(total, usable, rank), dealer) for rank, p in odds.items())
+        return play(stand, hit, total, usable, dealer)
+
+    return sum(p * q * r * value(*add(*add(0, False, first), second), dealer)
+               for (first, p), (second, q), (dealer, r) in itertools.product(odds.items(), repeat=3))
+
+
+def test_blackjack_values_are_the_exact_ones():
+    best = lambda stand, hit, *_: max(stand, hit)
+    experts = lambda stand, hit, total, usable, dealer: (
+        hit if expert.hit_value(total, usable, dealer) > expert.stand_value(total, dealer) else stand)
+    for play, exact in ((lambda stand, hit, *_: (stand + hit) / 2, 0.2806), (lambda stand, *_: stand, 0.3807),
+                        (lambda stand, hit, total, *_: hit if total < 12 else stand, 0.4129), (best, 0.4316)):
+        assert value_of_blackjack(play) == pytest.approx(exact, abs=5e-5)
+    assert value_of_blackjack(experts) == pytest.approx(value_of_blackjack(best), abs=1e-12)
+    assert value_of_blackjack(best, lost=-1) == pytest.approx(-0.0466, abs=5e-5)
 
 
 @pytest.mark.parametrize("task", ["ezpoints", "points24"])

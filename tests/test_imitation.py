@@ -98,9 +98,9 @@ def test_imitation_does_not_go_on_with_ppos_momentum(shipped, monkeypatch):
     total = 0.0
     for group, shape in rollout.micro_batches(range(len(rollout.responses))):
         with torch.no_grad():
-            logp, mask, _ = run.policy.logprobs([rollout.prompts[i] for i in group],
+            logp, _ = run.policy.logprobs([rollout.prompts[i] for i in group],
                                                 [rollout.responses[i] for i in group], shape)
-        new = ppo.answer_logprob(logp, mask, rollout.action_starts[group], run.settings.cot_lambda)
+        new = ppo.answer_logprob(logp, rollout.action_starts[group], run.settings.cot_lambda)
         d = new - rollout.old_logp[group]
         total += (d.exp() - 1 - d).sum().item()
     assert found["kl_after_imitation"] == pytest.approx(total / len(rollout.responses), rel=1e-4) and total > 0

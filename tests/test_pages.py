@@ -128,10 +128,10 @@ def test_the_readmes_worked_step_is_true(shipped):
     [prompt], [response], [choice] = playing.act(agent, [game], [picture], [info], torch.Generator().manual_seed(0),
                                                  np.random.default_rng(0))
     with torch.no_grad():
-        logp, mask, _ = agent.logprobs([prompt], [response])
+        logp, _ = agent.logprobs([prompt], [response])
     start, pictured = choice.action_start, prompt.ids.count(agent.family.image_token)
     action, character = parse.parse(choice.text, game.legal_actions())
-    weighted = ppo.answer_logprob(logp, mask, torch.tensor([start]), 0.5).item()
+    weighted = ppo.answer_logprob(logp, torch.tensor([start]), 0.5).item()
     readme = read("README.md")
     for told in (f"picture {picture.shape}",
                  f"dealer {info['dealer']}, hand {' '.join(info['hand'])}, total {info['total']}",

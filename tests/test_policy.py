@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing(agent, shipped, every):
     shake(agent), shake(saving)
     prompts, responses = samples_of(agent, 1)
     for one in (agent, saving):
-        logp, _, value = one.logprobs(prompts, responses)
+        logp, value = one.logprobs(prompts, responses)
         (logp.sum() + value.sum()).backward()
     for (name, a), (_, b) in zip(agent.trainable(), saving.trainable()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
@@ -159,10 +159,10 @@ def test_compiled_layers_score_as_they_learn(tiny_families):
     assert compiled.generate(prompts, torch.Generator().manual_seed(0), 12) == before
     for responses in ([[5, 6]] * 3, [[7] * 9, [8] * 2, [9]]):
         with torch.no_grad():
-            old, _, _ = compiled.logprobs(prompts, responses)
+            old, _ = compiled.logprobs(prompts, responses)
             assert not old.requires_grad
-        new, _, value = compiled.logprobs(prompts, responses)
-        expected, _, expected_value = plain.logprobs(prompts, responses)
+        new, value = compiled.logprobs(prompts, responses)
+        expected, expected_value = plain.logprobs(prompts, responses)
         assert torch.equal(old, new)
         torch.testing.assert_close(new, expected, atol=1e-5, rtol=1e-5)
         (new.sum() + value.sum()).backward()
