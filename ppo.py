@@ -108,13 +108,14 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
     passes its own samples, 1/size of each minibatch. Raises FloatingPointError where a loss or a
     gradient is not finite.
     """
-    history = []            # each minibatch's diagnostics
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "answer_kl")
+    history = []            # each minibatch's diagnostics: those, then the gradients' norm
     ratio_error = 0.0       # the first minibatch's max |ρ − 1|: no step was taken, so it is to be 0
     batches = minibatches(len(rollout.responses), settings.minibatch_size // parallel.size(),
                           settings.update_epochs, generator)
     for number, batch in enumerate(batches):            # batch: sample indices
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(5)           # policy loss, value loss, KL, clipped, whole answers' KL
+        sums = torch.zeros(len(names))
         for group, shape in rollout.micro_batches(batch):
             logp, values = policy.logprobs(                             # (B, T), (B,)
                 [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
@@ -135,7 +136,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
             sums += share * found.cpu()
         norms = prepare_step(optimizer, sums, settings)     # before any step: the gradients' size
         history.append([*sums.tolist(), norms[0].item()])
-        approx_kl = sums[2]                     # by now the mean over the processes
+        approx_kl = sums[names.index("approx_kl")]          # by now the mean over the processes
         if settings.target_kl and approx_kl > settings.target_kl:
             # too far from the policy that sampled: no further step of it
             learn_values(policy, optimizer, rollout, settings, batches[number:])
@@ -143,8 +144,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)       # the next rollout has the memory
     # an update that stopped early has means over the minibatches that it looked at
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "answer_kl", "grad_norm")
-    means = dict(zip(names, torch.tensor(history).mean(0).tolist()))
+    means = dict(zip((*names, "grad_norm"), torch.tensor(history).mean(0).tolist()))
     ratio_error = parallel.concat(torch.tensor([ratio_error])).max().item()
     return {**means, "minibatches": len(history), "ratio_error": ratio_error}
 
