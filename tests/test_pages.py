@@ -279,6 +279,12 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     assert len(rows) == len(hits) - 6       # as the page says
     assert stands_on(make.markdown(["P(hit), %", *(f"on {key}" for key in totals)], rows)) == ["results/SMOL.md"]
 
+    players = stored("tried/smol-ownwords-samples")["players"]
+    rows = [[f'"{end}"', *(f"{found['answers']} ({found['true, %']})" if found["answers"] else "0"
+                           for found in (player["endings"][end] for player in players))] for end in players[0]["endings"]]
+    head = ["ending of the thoughts: answers (true, %)", *(player["player"] for player in players)]
+    assert stands_on(make.markdown(head, rows)) == ["results/SMOL.md"]
+
     losses = []
     for tried in stored("tried/smol-lessons").values():
         if "loss of every 5th batch" in tried:
