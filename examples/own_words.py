@@ -6,8 +6,8 @@ r"""NumberLine whose demonstrations think in many words, and do not say what the
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
 copy it and λ scales all that is learned. Here they have 16, which do not name the action: taught
-with random labels, it is a coin's throw before RL. A thought counts as true if its
-numbers and its direction are, in any mixture of these wordings' phrases. Others may be misjudged.
+with random labels, it is a coin's throw before RL. A thought counts as true if its numbers and its
+direction are, in any mixture of these wordings' phrases. Others may be misjudged.
 """
 
 import re

@@ -123,7 +123,7 @@ def find_model(model="auto", task="blackjack", base=None, device="auto") -> Foun
                 f"{other} knows the words of other games than {task}: --model pocket is its own")
     taught = [game for place in (folder, adapters) if place for game in _taught(place)]
     if taught and task not in taught:
-        why += f" (taught {', '.join(taught)} but not {task}: sft.py can)"
+        why += f" (taught {', '.join(taught)} but not {task}, which sft.py can teach)"
     return FoundModel(name, base_model, adapters, folder, _config(folder), device, why)
 
 

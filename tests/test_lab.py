@@ -197,7 +197,7 @@ def test_smol_is_built_and_can_be_trained(tmp_path, monkeypatch, capsys):
     settings = resolve(Settings, {"task": "numberline"}, found)
     assert found.size == "small" and found.is_taught and settings.sft_steps == 0 and settings.lr == 1e-4
     assert "taught" not in found.why and find_model(str(out), "points24").why.endswith(
-        "(taught numberline, ezpoints, blackjack but not points24: sft.py can)")
+        "(taught numberline, ezpoints, blackjack but not points24, which sft.py can teach)")
     card = (out / "README.md").read_text()
     assert "numberline 100%" in card and "apache-2.0" in card and "1 batches of 16 captions" in card
     model, processor = load_model(str(out), bits=16)
