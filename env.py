@@ -318,7 +318,7 @@ def make_game(task: str, **options) -> Game:
 
 
 def held_out_game(task: str, options: dict | None = None) -> Game:
-    """A game of those that training does not play: other seeds, ALFWorld's other houses too."""
+    """A game for held-out play: on ALFWorld one of other houses. Its seeds are the caller's."""
     return make_game(task, **find_game(task).held_out_options | (options or {}))
 
 

@@ -202,7 +202,7 @@ def find_policy(options, given, task):
 
     given: the settings that were chosen. The policy is None where a script or an endpoint plays.
     """
-    # a rollout's rules are not for num_envs here
+    # num_envs comes last: `resolve` would hold it to a rollout's rules
     asked = {name: value for name, value in given.items() if name != "num_envs"}
     if options.policy or options.endpoint:
         settings = resolve(Settings, {"task": task, **asked})
@@ -269,7 +269,7 @@ def check_options(options, given):
     for is_wrong, message in wrong:
         if is_wrong:
             raise ModelError(message)
-    # ValueError and ModelError of their own
+    # these raise errors of their own
     task = next(iter(TASKS)) if options.task == "all" else options.task
     own = {name: given[name] for name in ("game", "temperature") if name in given}
     settings = resolve(Settings, {"task": task, **own})

@@ -53,10 +53,10 @@ def parse(text: str, actions: Sequence[str]) -> tuple[str | None, int]:
     """Return (action, start): the legal action that the text names or None, and where its part
     begins.
 
-    text: any string whatever; actions: the legal actions' texts. The last `"action": "a"` with a
-    legal a counts, a quoted whole ("10" never matches "1") or a bare number, ASCII, its case and
-    surrounding white space aside. start is the index in text of that match; where no legal action
-    is named, of the last `"action":` key, or len(text) if there is none.
+    text: any string whatever; actions: the legal actions' texts. The last `"action": a` with a
+    legal a counts: in quotes and compared whole ("10" is not "1"), or a bare number; in ASCII,
+    whatever its case and the white space around it. start is the index in text of that match; where
+    no legal action is named, of the last `"action":` key, or len(text) if there is none.
 
     >>> parse('{"thoughts": "low", "action": "Hit"}', ("stand", "hit"))
     ('hit', 20)

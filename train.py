@@ -125,7 +125,7 @@ def train(run, folder, report):
 def anneal(run):
     """Each group's learning rate falls on a cosine to lr_end over the run's updates.
 
-    The last update is one step short of the cosine's end, so lr_end itself is reached after it.
+    The last update is one step short of the cosine's end, so it still learns.
     """
     settings = run.settings
     done = run.update / settings.num_updates

@@ -3,8 +3,8 @@
     python eval.py --task examples/gridworld.py:GridWorld --policy expert
     python eval.py --task examples/gridworld.py:GridWorld --game size=6 walls=9 --policy random
 
-A step costs 0.1 and the goal pays 1, so a way of at most eleven steps is a success. What can be
-done with it: YOUR_OWN_GAME.md.
+A step costs 0.1, the one to the goal pays 1: a way of at most eleven steps is a success. What can
+be done with it: YOUR_OWN_GAME.md.
 """
 
 import numpy as np
@@ -42,8 +42,11 @@ class GridWorld(Game):
             ImageDraw.Draw(image).rectangle(box, fill=color)
         return np.asarray(image)
 
-    # -- what it may say beside: a limit of steps, options (--game size=6)
+    # -- what it may say beside: a limit of steps, what a success is, options (--game size=6)
     max_steps = 20
+
+    def is_success(self):       # a return above 0 would be so by rounding, after eleven steps
+        return self.agent == self.goal and self.steps <= 11
 
     def __init__(self, size=5, walls=4, render_mode=None):
         if not (2 <= size <= 20 and 0 <= walls <= size**2 // 3):

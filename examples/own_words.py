@@ -6,8 +6,8 @@ r"""NumberLine whose demonstrations think in many words, and do not say what the
 
 The game's own thoughts have one wording, which ends in "I choose +.", so the action's tokens only
 copy it and λ scales all that is learned. Here they have 16, which do not name the action: taught
-with random labels, it is a coin's throw before RL. A thought counts as true if its numbers and its
-direction are, in any mixture of these wordings' phrases. Others may be misjudged.
+with random labels, it is a coin's throw before RL. reading_rate checks the two numbers,
+compare_rate the rest, in any mixture of these phrases. Other words may be misjudged.
 """
 
 import re
@@ -48,11 +48,11 @@ class OwnWords(NumberLine):
         super().__init__(max_position, render_mode)
         # Wordings of demonstrations, no part of the state. subtle: every object draws the same ones
         # in the same order, and results/SMOL.md's start was made so.
-        self.words = np.random.default_rng(0)
+        self.draws = np.random.default_rng(0)
 
     def thoughts(self, info, action):
-        reading = READINGS[self.words.integers(len(READINGS))]
-        comparison = COMPARISONS[self.words.integers(len(COMPARISONS))]
+        reading = READINGS[self.draws.integers(len(READINGS))]
+        comparison = COMPARISONS[self.draws.integers(len(COMPARISONS))]
         # False is 0, True is 1
         said = f"{reading} {comparison[info['target'] < info['current']]}"
         far = abs(info["target"] - info["current"])
@@ -63,7 +63,7 @@ class OwnWords(NumberLine):
                 and set(CURRENT.findall(text)) == {str(info["current"])})
 
     def statistics(self, decisions, thinking):
-        """compare_rate: how often all that the thoughts say of where the target lies is true."""
+        """compare_rate: how often thoughts say where the target lies, and all of it is true."""
         def compares(info, text):
             target, current = info["target"], info["current"]
             says = bool(UP.search(text)), bool(DOWN.search(text))

