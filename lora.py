@@ -22,7 +22,7 @@ class LoRALinear(nn.Module):
     kept in fp32, whatever W is in, and used in x's type.
     """
 
-    playing = None      # (A, B) in the model's type, cast once for a batch of answers (generate)
+    copies = None       # (A, B) in the model's type, cast once for a batch of answers (generate)
 
     def __init__(self, base, rank, alpha, generator):
         super().__init__()
@@ -37,8 +37,9 @@ class LoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)
 
     def forward(self, x):
-        copies = None if torch.is_grad_enabled() else self.playing      # they would learn nothing
-        A, B = (weight.to(x.dtype) for weight in copies or (self.lora_A, self.lora_B))
+        own = self.lora_A, self.lora_B
+        pair = own if torch.is_grad_enabled() else self.copies or own   # copies would learn nothing
+        A, B = (weight.to(x.dtype) for weight in pair)
         rows = x.reshape(-1, x.shape[-1])                               # (tokens, in)
         # W x + (α/r) (x Aᵀ) Bᵀ, added in place: one kernel fewer, and no second output
         y = self.base(rows).addmm_(rows @ A.T, B.T, alpha=self.scale)   # (tokens, out)
@@ -47,10 +48,10 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def cast(self, dtype):
         """Have A and B in a type: themselves, or copies that stay in place (decode.FixedCache)."""
-        if self.playing is None or self.lora_A.dtype == dtype:
-            self.playing = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
+        if self.copies is None or self.lora_A.dtype == dtype:
+            self.copies = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
         else:
-            for copy, weight in zip(self.playing, (self.lora_A, self.lora_B)):
+            for copy, weight in zip(self.copies, (self.lora_A, self.lora_B)):
                 copy.copy_(weight)
 
 

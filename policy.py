@@ -152,9 +152,10 @@ class Policy(nn.Module):
         hidden_size = model.config.get_text_config().hidden_size
         self.value_head = ValueHead(hidden_size, generator).to(model.device)
 
-        # how the model runs. mode: _set_mode's, None where nothing is known; cache (decode.py's)
+        # how the model runs. playing: _set_mode's, None where nothing is known; cache (decode.py's)
         # and fp32_head (the output head's weights) are there while it plays
-        self.mode = self.cache = self.fp32_head = self.compiled = None
+        self.playing = self.cache = self.fp32_head = None
+        self.compiled = False
         self.gradient_checkpointing = bool(gradient_checkpointing)
         if gradient_checkpointing:                      # memory for time
             model.activation_checkpointing_enable(
@@ -186,28 +187,29 @@ class Policy(nn.Module):
                     setattr(module, name, 0.0)
 
     def _set_mode(self, playing=False):
-        """Ready the model to play, to score or to learn, unless it is: that takes milliseconds."""
+        """Ready the model to play, to score or to learn; nothing is done where it is, for speed."""
         # without dropout, train mode only turns checkpointing on, and with it the cache off
         train = self.gradient_checkpointing and torch.is_grad_enabled() and not playing
-        if (self.mode, self.model.training) == (playing, train):
+        if (self.playing, self.model.training) == (playing, train):
             return
-        self.mode = playing
+        self.playing = playing
         if not playing:         # learning has the memory
             self.cache = self.fp32_head = None
             for layer in self.lora.values():
-                layer.playing = None
+                layer.copies = None
         self.model.train(train)
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":   # by name: to import it takes seconds
                 module.train()      # subtle: its eval mode's CPU kernel passes no gradient on
 
     def train(self, mode=True):
-        self.mode = None        # somebody else has set it
+        self.playing = None     # somebody else has set the mode
         return super().train(mode)
 
     def compile_layers(self):
         """Fuse what lies between a layer's matrix products, in scoring and learning."""
-        self.compiled, self.mode = True, None
+        self.compiled = True
+        self.playing = None     # the mode is set anew
         for layer in self.model.get_decoder().layers:
             layer.compile(dynamic=True)         # one program for all layers
 

@@ -116,9 +116,8 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
     for number, batch in enumerate(batches):            # batch: sample indices
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(names))
-        for group, shape in rollout.micro_batches(batch):
-            logp, values = policy.logprobs(                             # (B, T), (B,)
-                [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
+        for group, prompts, responses, shape in rollout.micro_batches(batch):
+            logp, values = policy.logprobs(prompts, responses, shape)   # (B, T), (B,)
             starts, old_logp, old_answer_logp, advantages, returns = (  # each (B,)
                 column[group].to(logp.device) for column in (
                     rollout.action_starts, rollout.old_logp, rollout.old_answer_logp,

@@ -124,11 +124,14 @@ class Rollout:
     returns: torch.Tensor = None        # (S,)
 
     def micro_batches(self, indices):
-        """Yield (group, shape): these samples in micro-batches of their own shapes."""
+        """Yield (group, prompts, responses, shape): these samples, those of one shape together."""
         for shape in sorted({self.shapes[i] for i in indices}):
             members = [i for i in indices if self.shapes[i] == shape]
             for k in range(0, len(members), shape.rows):
-                yield members[k:k + shape.rows], shape
+                group = members[k:k + shape.rows]
+                prompts = [self.prompts[i] for i in group]
+                responses = [self.responses[i] for i in group]
+                yield group, prompts, responses, shape
 
 
 def collect(policy, games: list, settings, sampling, fallback, progress=lambda steps: None):
@@ -183,9 +186,8 @@ def score_rollout(policy, rollout: Rollout, settings):
     S = len(rollout.responses)                                          # L × N
     rollout.old_logp, rollout.old_answer_logp, rollout.old_values = torch.zeros(3, S)
     rollout.part_logp = torch.zeros(2)
-    for group, shape in rollout.micro_batches(range(S)):
-        logp, values = policy.logprobs(                                 # (B, T), (B,)
-            [rollout.prompts[i] for i in group], [rollout.responses[i] for i in group], shape)
+    for group, prompts, responses, shape in rollout.micro_batches(range(S)):
+        logp, values = policy.logprobs(prompts, responses, shape)       # (B, T), (B,)
         starts = rollout.action_starts[group].to(logp.device)           # (B,)
         rollout.old_logp[group] = answer_logprob(logp, starts, settings.cot_lambda).cpu()
         rollout.old_values[group] = values.cpu()

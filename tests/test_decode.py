@@ -167,23 +167,23 @@ def test_what_is_cast_for_playing_follows_the_adapters(tmp_path):
         agent.decoding = "fixed"
     before = agents[0].generate(prompts, torch.Generator().manual_seed(0), 20)
     layer = next(iter(agents[0].lora.values()))
-    places = [tensor.data_ptr() for tensor in layer.playing]
-    assert layer.playing[0].dtype == torch.bfloat16 and agents[0].fp32_head.dtype == torch.float32
+    places = [tensor.data_ptr() for tensor in layer.copies]
+    assert layer.copies[0].dtype == torch.bfloat16 and agents[0].fp32_head.dtype == torch.float32
     for agent in agents:
         shake(agent, size=0.3)
         with torch.no_grad():
             agent.model.get_output_embeddings().weight.mul_(1.5)
     # where gradients are wanted the copies are passed by: they would learn nothing
     agents[0].model.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state.sum().backward()
-    assert layer.playing is not None and next(layer.lora_B.grad for path, layer in agents[0].lora.items()
+    assert layer.copies is not None and next(layer.lora_B.grad for path, layer in agents[0].lora.items()
                                               if "language" in path).abs().sum() > 0
     after = [agent.generate(prompts, torch.Generator().manual_seed(0), 20) for agent in agents]
     assert after[0] == after[1] != before
-    assert places == [tensor.data_ptr() for tensor in layer.playing]
+    assert places == [tensor.data_ptr() for tensor in layer.copies]
     names = {name for name, _ in agents[0].named_parameters()}
     assert "fp32_head" not in names and not any("playing" in name for name in names)
     agents[0].value(prompts)
-    assert layer.playing is None and agents[0].fp32_head is None
+    assert layer.copies is None and agents[0].fp32_head is None
 
 
 class Graph:

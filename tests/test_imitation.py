@@ -97,10 +97,9 @@ def test_imitation_does_not_go_on_with_ppos_momentum(shipped, monkeypatch):
         moments.values(), run.optimizer.state_dict()["state"].values()) for key in old)
     # its KL counts all steps: every sample scored again, by hand
     total = 0.0
-    for group, shape in rollout.micro_batches(range(len(rollout.responses))):
+    for group, prompts, responses, shape in rollout.micro_batches(range(len(rollout.responses))):
         with torch.no_grad():
-            logp, _ = run.policy.logprobs([rollout.prompts[i] for i in group],
-                                                [rollout.responses[i] for i in group], shape)
+            logp, _ = run.policy.logprobs(prompts, responses, shape)
         new = ppo.answer_logprob(logp, rollout.action_starts[group], run.settings.cot_lambda)
         d = new - rollout.old_logp[group]
         total += (d.exp() - 1 - d).sum().item()
