@@ -307,9 +307,10 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     assert won["always:stand"] == 100 * stood["success"]
     fast = stored("tried/smol-blackjack-noise-0.3-lr-4e-4-seed1")["metrics"]
     learned = [run["eval"] for run in make.runs("smol-blackjack")]
-    hit = {total: " and ".join(f"{100 * seed['hit_rate_by_total'][total]:.0f}" for seed in learned) + " %"
-           for total in ("4", "11", "12", "21")}
-    low = " and ".join(f"{100 * seed['hit_rate_to_11']:.0f}" for seed in learned)
+    listed = lambda shares: "{}, {} and {} %".format(*(f"{100 * share:.0f}" for share in shares))
+    hit = {total: listed(seed["hit_rate_by_total"][total] for seed in learned) for total in ("11", "12", "21")}
+    low, middle = (listed(seed[key] for seed in learned) for key in ("hit_rate_to_11", "hit_rate_12_to_16"))
+    assert {seed["hit_rate_by_total"]["4"] for seed in learned} == {1}
     for said in (
             f"{build['wall_s'] / 60:.0f} minutes on two cores",
             f"takes {half:.0f} s on two cores, in 32 bits {whole:.0f}",
@@ -321,8 +322,8 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
             f"hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
             f"read right in {100 * fast[2]['reading_rate']:.0f} of 100 answers after two updates",
-            f"They hit {hit['4']} of 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
-            f"({low} %, from {100 * start['blackjack']['hit_rate_to_11']:.0f})",
+            f"They hit all 4s, {hit['11']} of 11s, {hit['12']} of 12s, {hit['21']} of 21s",
+            f"({low}, from {100 * start['blackjack']['hit_rate_to_11']:.0f})", f"hit too seldom ({middle})",
             f"start D wins {clean:.1f} % of those",
             f"and {100 * many['total right']:.0f} % of those of three or more cards",
             f"seed 1 has {100 * many_learned['total right']:.0f} %",
