@@ -307,6 +307,8 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     assert won["always:stand"] == 100 * stood["success"]
     fast = stored("tried/smol-blackjack-noise-0.3-lr-4e-4-seed1")["metrics"]
     learned = [run["eval"] for run in make.runs("smol-blackjack")]
+    [formulas] = [run["eval"] for run in make.runs("smol-ezpoints")]
+    assert formulas["success"] == formulas["plan_rate"] == 1
     listed = lambda shares: "{}, {} and {} %".format(*(f"{100 * share:.0f}" for share in shares))
     hit = {total: listed(seed["hit_rate_by_total"][total] for seed in learned) for total in ("11", "12", "21")}
     low, middle = (listed(seed[key] for seed in learned) for key in ("hit_rate_to_11", "hit_rate_12_to_16"))
@@ -318,6 +320,8 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"takes {sum(map(sum, batch['eager'])) / 2:.1f} s, not {sum(map(sum, batch['sdpa'])) / 2:.1f}",
             f"{100 * start['ezpoints']['plan_rate']:.1f} % of the plans are right where one could be, and "
             f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
+            f"{100 * start['ezpoints']['plan_followed']:.0f} → {100 * formulas['plan_followed']:.0f} % of the answers do",
+            f"One answer of {formulas['steps']} named an illegal",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
             f"hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
