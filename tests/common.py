@@ -159,10 +159,9 @@ def play_out(run):
 def largest_ratio_error(policy, rollout, *batches):
     """max |ρ − 1| over samples that are scored again in other company."""
     worst = 0.0
-    for group, shape in itertools.chain.from_iterable(map(rollout.micro_batches, batches)):
+    for group, prompts, responses, shape in itertools.chain.from_iterable(map(rollout.micro_batches, batches)):
         with torch.no_grad():
-            logp, _ = policy.logprobs([rollout.prompts[i] for i in group], [rollout.responses[i] for i in group],
-                                            shape)
+            logp, _ = policy.logprobs(prompts, responses, shape)
         new = ppo.answer_logprob(logp, rollout.action_starts[group], 0.5)
         worst = max(worst, ((new - rollout.old_logp[group]).exp() - 1).abs().max().item())
     return worst
