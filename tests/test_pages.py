@@ -313,6 +313,7 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     hit = {total: listed(seed["hit_rate_by_total"][total] for seed in learned) for total in ("11", "12", "21")}
     low, middle = (listed(seed[key] for seed in learned) for key in ("hit_rate_to_11", "hit_rate_12_to_16"))
     assert {seed["hit_rate_by_total"]["4"] for seed in learned} == {1}
+    [cool] = make.runs("smol-numberline", "short-temperature-0.2")
     silent, rates = make.baselines()["smol-blackjack-start-no-cot"], ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17")
     silent = "{:.0f}, {:.0f} and {:.0f} % on the three".format(*(100 * silent[rate] for rate in rates))
     [stands] = make.runs("smol-blackjack", "no-cot")
@@ -326,6 +327,8 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_rate']:.1f} % of the plans are right where one could be, and "
             f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
             f"{100 * start['ezpoints']['plan_followed']:.0f} → {100 * formulas['plan_followed']:.0f} % of the answers do",
+            f"NumberLine comes to {100 * cool['eval']['success']:.1f} % in {len(cool['metrics'])} updates",
+            f"from {make.baseline('smol-numberline', 'start-temperature-0.2'):.1f} at that temperature",
             f"this start hits {silent}", entropies, f"One answer of {formulas['steps']} named an illegal",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
