@@ -329,7 +329,7 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_followed']:.0f} → {100 * formulas['plan_followed']:.0f} % of the answers do",
             f"NumberLine comes to {100 * cool['eval']['success']:.1f} % in {len(cool['metrics'])} updates",
             f"from {make.baseline('smol-numberline', 'start-temperature-0.2'):.1f} at that temperature",
-            f"this start hits {silent}", entropies, f"One answer of {formulas['steps']} named an illegal",
+            f"this start hits {silent}", entropies, f"One answer of {formulas['steps']} named no legal",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
             f"hitting below 12 wins {won['below:12']:.1f} and best play {won['expert']:.1f}",
