@@ -133,7 +133,7 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
             (share * (p_loss + v_loss)).backward()
             found = torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped, answer_kl])
             sums += share * found.cpu()
-        norms = prepare_step(optimizer, sums, settings)     # clips them; norms: of before
+        norms = prepare_step(optimizer, sums, settings)     # norms: before clipping
         history.append([*sums.tolist(), norms[0].item()])
         approx_kl = sums[names.index("approx_kl")]          # by now the mean over the processes
         if settings.target_kl and approx_kl > settings.target_kl:

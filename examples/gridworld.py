@@ -45,7 +45,7 @@ class GridWorld(Game):
     # -- what it may say beside: a limit of steps, what a success is, options (--game size=6)
     max_steps = 20
 
-    def is_success(self):       # a return above 0 would be so by rounding, after eleven steps
+    def is_success(self):       # after eleven steps the return is 0, above it by rounding alone
         return self.agent == self.goal and self.steps <= 11
 
     def __init__(self, size=5, walls=4, render_mode=None):

@@ -302,6 +302,9 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     assert few["total right"] == 1 and round(many["decisions"] / (few["decisions"] + many["decisions"]), 2) == 0.34
     stood, players = stored("tried/smol-blackjack-lr-1e-4-seed1")["eval"], stored("tried/smol-blackjack-starts")["players"]
     won = {player["policy"]: 100 * player["success"] for player in players}
+    again = stored("tried/smol-blackjack-starts")["start E made again on a second machine, by the same commands"]
+    first = again["first rollout of seed 1, log-probability of the thoughts"]
+    assert first["on file"] == make.runs("smol-blackjack")[0]["metrics"][0]["thought_logp"]
     [clean] = [100 * taught["eval"]["success"] for taught in stored("tried/smol-blackjack-starts")["starts"]
                if "--steps 150" in taught["command"]]
     assert won["always:stand"] == 100 * stood["success"]
@@ -329,6 +332,9 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_followed']:.0f} → {100 * formulas['plan_followed']:.0f} % of the answers do",
             f"NumberLine comes to {100 * cool['eval']['success']:.1f} % in {len(cool['metrics'])} updates",
             f"from {make.baseline('smol-numberline', 'start-temperature-0.2'):.1f} at that temperature",
+            f"gives its thoughts −{-first['made again']:.3f}, not −{-first['on file']:.3f}",
+            f"This start wins {100 * again['1,000 held-out games']['success']:.1f} % of the held-out games, not "
+            f"{100 * start['blackjack']['success']:.1f}",
             f"this start hits {silent}", entropies, f"One answer of {formulas['steps']} named no legal",
             f"In its tenth update {100 * rose[9]['success']:.0f} % of the games that ended were won, in its fourteenth "
             f"{100 * rose[13]['success']:.0f} %", f"from 100 to {100 * rose[13]['reading_rate']:.0f} %",
