@@ -317,6 +317,15 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
     low, middle = (listed(seed[key] for seed in learned) for key in ("hit_rate_to_11", "hit_rate_12_to_16"))
     assert {seed["hit_rate_by_total"]["4"] for seed in learned} == {1}
     [cool] = make.runs("smol-numberline", "short-temperature-0.2")
+    [four], [sixteen] = (make.runs("smol-numberline", f"short-bits-{bits}") for bits in (4, 16))
+    wins = [[f"{100 * row['success']:.0f}" for row in run["metrics"]] for run in (four, sixteen)]
+    of_four, of_sixteen = (f"{', '.join(share[:-1])} and {share[-1]}" for share in wins)
+    games = [row["episodes"] for run in (four, sixteen) for row in run["metrics"]]
+    apart = []
+    for one, other in zip(four["metrics"], sixteen["metrics"]):
+        n, m = one["episodes"], other["episodes"]
+        share = (n * one["success"] + m * other["success"]) / (n + m)      # of both, as where they are alike
+        apart.append(abs(one["success"] - other["success"]) / (share * (1 - share) * (1 / n + 1 / m)) ** 0.5)
     silent, rates = make.baselines()["smol-blackjack-start-no-cot"], ("hit_rate_to_11", "hit_rate_12_to_16", "hit_rate_from_17")
     silent = "{:.0f}, {:.0f} and {:.0f} % on the three".format(*(100 * silent[rate] for rate in rates))
     [stands] = make.runs("smol-blackjack", "no-cot")
@@ -330,6 +339,9 @@ def test_what_the_page_on_smollm2_says_beside_its_runs_is_in_the_result_files(ma
             f"{100 * start['ezpoints']['plan_rate']:.1f} % of the plans are right where one could be, and "
             f"{100 * start['ezpoints']['plan_followed']:.0f} % of the answers",
             f"{100 * start['ezpoints']['plan_followed']:.0f} → {100 * formulas['plan_followed']:.0f} % of the answers do",
+            f"the eight rollouts win {of_four} % of their games, in 16 bits {of_sixteen}",
+            f"They have {min(games)} to {max(games)} games each, and no two differ by more than {max(apart):.1f} standard errors",
+            f"Held out it wins {100 * four['eval']['success']:.1f} % of 200 games",
             f"NumberLine comes to {100 * cool['eval']['success']:.1f} % in {len(cool['metrics'])} updates",
             f"from {make.baseline('smol-numberline', 'start-temperature-0.2'):.1f} at that temperature",
             f"gives its thoughts −{-first['made again']:.3f}, not −{-first['on file']:.3f}",
