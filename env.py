@@ -16,6 +16,9 @@ paper (arXiv 2405.10292). Does not handle: sprites (games/draw.py), the arithmet
 outside (games/outside.py).
 """
 
+import itertools
+import math
+
 import gymnasium
 
 from games import draw, outside
@@ -42,6 +45,7 @@ class NumberLine(NumberLineExpert, Game):
     actions = ("-", "+")                # what an answer may name, and what step() counts through
     fields = ("target", "current")      # the state, which get_state and set_state carry
     pocket = "pocket"                   # checkpoints/pocket reads its pictures
+    compare_with = ("random", "always:+", "expert")
 
     def __init__(self, max_position=5, render_mode=None):
         if not 1 <= max_position <= 99:
@@ -65,6 +69,10 @@ class NumberLine(NumberLineExpert, Game):
         # the current number is drawn among all but the target: those from it on move up
         if self.current >= self.target:
             self.current += 1
+
+    def all_deals(self):
+        pairs = list(itertools.permutations(range(self.max_position + 1), 2))
+        return [(1 / len(pairs), {"target": target, "current": now}) for target, now in pairs]
 
     def play(self, action):
         before = abs(self.target - self.current)
@@ -106,6 +114,7 @@ class _FormulaGame(FormulaExpert, Game):
     brackets = ()
     fields = ("cards", "formula")
     pocket = "pocket"
+    compare_with = ("random", "expert")
     count = 0                   # cards dealt, with replacement: two may be the same
     # a win of 10 counts as 1 in GAE, as in the other games (rollout.add_advantages)
     preferred_settings = {"reward_scale": 0.1}
@@ -157,16 +166,14 @@ class _FormulaGame(FormulaExpert, Game):
         # two cards make 12 in one deal of nine: EZPoints deals until one does
         for _ in range(10_000):
             self.cards = [int(c) for c in self.np_random.integers(52, size=self.count)]
-            if not self.solvable_only or self.solution():
+            if self._may_be_dealt(map(self._number, self.cards)):
                 return
         raise ValueError(f"no deal in 10,000 reaches {self.target}: choose another target")
 
-    def solution(self):
-        """The simplest formula for the dealt cards, as a tuple of tokens; () if there is none."""
+    def _may_be_dealt(self, numbers):
         # sorted: the solver keeps what it has found, and order makes no difference
-        numbers = tuple(sorted(map(self._number, self.cards)))
-        found = solutions(numbers, self.target, self.operators)
-        return found[0] if found else ()
+        numbers = tuple(sorted(numbers))
+        return not self.solvable_only or bool(solutions(numbers, self.target, self.operators))
 
     def play(self, action):
         numbers = self._numbers()       # as texts, like the actions
@@ -203,6 +210,12 @@ class EZPoints(_FormulaGame):
     def __init__(self, target=12, face_cards_as_10=True, render_mode=None):
         super().__init__(target, face_cards_as_10, True, render_mode)
 
+    def all_deals(self):
+        hands = [
+            [first, second] for first, second in itertools.product(range(52), repeat=2)
+            if self._may_be_dealt([self._number(first), self._number(second)])]
+        return [(1 / len(hands), {"cards": hand}) for hand in hands]
+
 
 class Points24(_FormulaGame):
     """Four cards, 73.09 % of the deals solvable; + - * / ( ) are to make 24 within 20 steps."""
@@ -213,6 +226,22 @@ class Points24(_FormulaGame):
 
     def __init__(self, target=24, face_cards_as_10=True, solvable_only=False, render_mode=None):
         super().__init__(target, face_cards_as_10, solvable_only, render_mode)
+
+    def all_deals(self):
+        """Every set of four numbers; its cards, so suits and order, are drawn anew each time."""
+        cards = {}              # {number: the cards that count so}
+        for card in range(52):
+            cards.setdefault(self._number(card), []).append(card)
+        found = []
+        for numbers in itertools.combinations_with_replacement(cards, self.count):
+            if self._may_be_dealt(numbers):
+                orders = len({*itertools.permutations(numbers)})
+                share = orders * math.prod(len(cards[number]) for number in numbers)
+                mixed = self.np_random.permutation(numbers).tolist()
+                hand = [int(self.np_random.choice(cards[number])) for number in mixed]
+                found.append((share, {"cards": hand}))
+        total = sum(share for share, _ in found)
+        return [(share / total, deal) for share, deal in found]
 
 
 class Blackjack(BlackjackExpert, Game):
@@ -226,6 +255,7 @@ class Blackjack(BlackjackExpert, Game):
     actions = ("stand", "hit")
     fields = ("player", "dealer")       # two hands of cards 0..51
     pocket = "pocket"
+    compare_with = ("always:stand", "below:12", "below:14", "expert")
 
     def is_possible(self):
         if not all(_are_cards(hand) and len(hand) >= 2 for hand in (self.player, self.dealer)):

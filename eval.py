@@ -3,11 +3,14 @@
     python eval.py --task blackjack --run runs/blackjack-seed1 --episodes 5000
     python eval.py --task blackjack --model pocket              # where RL starts
     python eval.py --task blackjack --policy below:14           # what to compare with
+    python eval.py --task ezpoints --model pocket --episodes all --draws 4     # each deal 4 times
+    python eval.py --task numberline --model pocket --pictures black           # does it look?
     python eval.py --task all --model pocket                    # every game, and their average
     python eval.py --task points24 --endpoint https://api.openai.com/v1 --model NAME
 
-Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds. The
-last line printed is one JSON object. An average misleads: always standing wins 38 % at Blackjack,
+Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds.
+`--episodes all` plays every deal there is, with its own weight. The last line printed is one JSON
+object. An average misleads: always standing wins 38 % at Blackjack,
 so look first at `reading_rate`, `expert_agreement` (games/statistics.py), `plan_rate` and
 `hit_rate_by_total` (games/expert.py). Does not handle: who plays (players.py), letting a policy
 answer (rollout.py).
@@ -15,7 +18,6 @@ answer (rollout.py).
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 from dataclasses import dataclass, replace
@@ -23,18 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-import parallel
 from env import GAMES, TASKS, check_game, find_game, held_out_game, make_game
-from games.statistics import Decision, decision_statistics, rate, wilson
-from players import PLAY_SETTINGS, model_player, open_policy, open_run, scripted_player
-from plumbing.checkpoint import write_whole
+from games.deals import choose_deals
+from games.statistics import Decision, decision_statistics, draws_interval, wilson
+from players import (
+    PICTURES,
+    PLAY_SETTINGS,
+    model_player,
+    open_policy,
+    open_run,
+    scripted_player,
+    shown_otherwise,
+)
 from plumbing.errors import ModelError, as_model_error, in_words, printable, say
 from plumbing.flags import SIZES_HELP, add_flags
 from plumbing.settings import Settings, flag, resolve
 
-BASELINES = Path(__file__).parent / "results" / "baselines.json"
 HANDFUL = 8         # answers, none of them usable: rather a broken set-up than a weak model
 
 
@@ -44,31 +51,36 @@ class Slot:
     """One of the games side by side: which episode it plays, and what it shows now."""
 
     game: Any
-    episode: int
+    episode: int = None         # None: no more
     picture: np.ndarray = None
     info: dict = None
 
 
-def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True, watch=None,
-             game_options=None) -> dict:
-    """Play episodes seed, seed + 1, … and return the summary as a dict of plain values.
+def evaluate(player, task: str, episodes: int | str, seed: int, num_envs=64, cot=True, watch=None,
+             game_options=None, draws=4) -> dict:
+    """Play the episodes of choose_deals and return the summary as a dict of plain values.
 
     num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is
     None); watch(picture, choice, episode) is called at every step, and at an episode's last picture
-    with the choice None; game_options: of the game's constructor. Meanings: results/README.md.
+    with the choice None; game_options: of the game's constructor. With "all" the means of games
+    have the deals' weights; rates of decisions count each decision once. Meanings:
+    results/README.md.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be 1 or more, not {episodes}")
     game = held_out_game(task, game_options)        # whichever: it knows what is good play
-    episodes = min(episodes, game.held_out_episodes)
-    returns, goals, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
-    kinds = [None] * episodes
-    decisions, waiting = [], iter(range(episodes))
-    slots = [
-        Slot(held_out_game(task, game_options), episode)
-        for episode in itertools.islice(waiting, num_envs)]
+    deals = choose_deals(game, episodes, seed, draws)
+    returns, goals, success = np.zeros((3, len(deals)))
+    kinds = [None] * len(deals)
+    decisions, waiting = [], iter(range(len(deals)))
+
+    def begin_next(slot):
+        slot.episode = next(waiting, None)
+        if slot.episode is not None:
+            _, own, options = deals[slot.episode]
+            slot.picture, slot.info = slot.game.reset(seed=own, options=options)
+
+    slots = [Slot(held_out_game(task, game_options)) for _ in range(min(num_envs, len(deals)))]
     for slot in slots:
-        slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
+        begin_next(slot)
     while slots:
         choices = player(*zip(*((slot.game, slot.picture, slot.info) for slot in slots)))
         for slot, choice in zip(slots, choices):
@@ -84,28 +96,38 @@ def evaluate(player, task: str, episodes: int, seed: int, num_envs=64, cot=True,
             kinds[slot.episode] = str(slot.info.get("kind", ""))
             if watch:
                 watch(slot.picture, None, slot.episode)
-            slot.episode = next(waiting, None)      # the slot goes on with the next deal
-            if slot.episode is not None:
-                slot.picture, slot.info = slot.game.reset(seed=seed + slot.episode)
+            begin_next(slot)
         slots = [slot for slot in slots if slot.episode is not None]
         now_enough = len(decisions) - len(choices) < HANDFUL <= len(decisions)
         if now_enough and chance_plays(decisions):
             say_chance_plays(decisions)
+    weights = np.array([deal.weight for deal in deals])
     share = low = high = None
     if not np.isnan(success).any():
-        share, (low, high) = success.mean().item(), map(float, wilson(success.sum(), episodes))
+        share = mean(success, weights)
+        if episodes == "all":           # what is uncertain is what was drawn
+            own = weights.reshape(draws, -1)[0]
+            low, high = draws_interval(success.reshape(draws, -1), own / own.sum())
+        else:                           # or which deals came, too
+            low, high = map(float, wilson(success.sum(), len(deals)))
     result = {
-        "task": task, "episodes": episodes, "seed": seed, "steps": len(decisions),
+        "task": task, "episodes": len(deals), "seed": seed, "steps": len(decisions),
+        "draws_of_every_deal": draws if episodes == "all" else None,
         "success": share, "success_low": low, "success_high": high,
-        "return_mean": returns.mean().item(), "goal_rate": goals.mean().item(),
+        "return_mean": mean(returns, weights), "goal_rate": mean(goals, weights),
     }
     if any(kinds) and share is not None:
+        kinds = np.array(kinds)
         result["success_by_kind"] = {
-            kind: rate(won for won, own in zip(success, kinds) if own == kind)
-            for kind in sorted({*kinds} - {""})}
+            str(kind): mean(success[kinds == kind], weights[kinds == kind])
+            for kind in np.unique(kinds) if kind}
     if chance_plays(decisions):     # its games look like a weak model's
         result["played_by"] = "chance: no answer was usable"
     return result | decision_statistics(game, decisions, cot)
+
+
+def mean(values, weights):
+    return float(np.average(values, weights=weights))
 
 
 def chance_plays(decisions):
@@ -118,49 +140,6 @@ def say_chance_plays(decisions):
     say(f"note: none of the first {len(decisions)} answers names a legal action, so chance plays. "
         "Try a larger --max-new-tokens (reasoning models want thousands), or sft.py first. "
         f"The last answer ends: '{printable(decisions[-1].choice.text or '')[-300:]}'")
-
-
-def held_out(policy, settings, update, path, board=None):
-    """train.py's held-out games, before and after: play, write, print and return the result.
-
-    A result that is there already is taken where this very policy played it, before the run was
-    stopped. board: extras.board.Board with --tensorboard.
-    """
-    if parallel.rank() or not settings.eval_episodes:
-        return None
-    episodes = settings.eval_episodes
-    there = f"{path} (delete it, and its games are played again)"
-    with as_model_error(there):
-        result = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    if result and "update" not in result:
-        # eval.py wrote it, of whatever policy: it stays, by another name
-        kept = next(
-            name for number in itertools.count(1)
-            if not (name := path.with_name(f"{path.stem}-{number}.json")).exists())
-        path.rename(kept)
-        say(f"{path} was not written by train.py: it is {kept} now")
-    if (result.get("update"), result.get("seed")) != (update, settings.eval_seed):
-        say(f"playing {episodes} held-out games (--eval-episodes) …")
-        player = model_player(policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
-                              batch_size=settings.play_batch_size)
-        with tqdm(total=episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
-            watch = lambda picture, choice, episode: bar.update(choice is None)
-            result = evaluate(player, settings.task, episodes, settings.eval_seed,
-                              settings.num_envs, settings.cot, watch, settings.game_options)
-        result["update"] = update
-        write_whole(path, json.dumps(result) + "\n")
-    if board:
-        board.catch_up()
-    with as_model_error(there):
-        told = [f"return {result['return_mean']:.3f}",
-                f"answers parsed {100 * result['parse_rate']:.1f} %"]
-        if result["success"] is not None:
-            told.insert(0, f"success {100 * result['success']:.1f} % ("
-                        f"{100 * result['success_low']:.1f} to {100 * result['success_high']:.1f})")
-        if result["reading_rate"] is not None:
-            told.append(f"pictures read {100 * result['reading_rate']:.1f} %")
-        say(f"{'end' if update else 'start'}: {', '.join(told)}")
-    return result
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -177,8 +156,12 @@ def make_parser():
     who.add_argument("--model", help="auto, pocket, a hub name or a folder, as it is before RL")
     who.add_argument("--policy", help="random, expert, always:ACTION; at Blackjack below:TOTAL; on "
                      "ALFWorld heuristic")
-    add("--episodes", type=int, default=1000)
+    add("--episodes", type=count_or_all, default=1000,
+        help="a number [1000]; or all: every deal there is, with its own weight (not Blackjack)")
+    add("--draws", type=int, default=4, help="with --episodes all: games of each deal [4]")
     add("--seed", type=int, default=Settings.eval_seed, help="episode k is dealt by seed + k")
+    add("--pictures", choices=PICTURES, default=PICTURES[0],
+        help="black: a model sees nothing; another: it sees another deal; does it look? [own]")
     add("--greedy", action="store_true", help="the likeliest token instead of a draw")
     add("--render", metavar="FILE.html", help="also show the first episode as a page, with each "
         "token's probability, V and advantages")
@@ -195,6 +178,10 @@ def make_parser():
     settings = parser.add_argument_group("settings", "a run brings its own; bits, cot: for --model")
     add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
+
+
+def count_or_all(text):
+    return text if text == "all" else int(text)
 
 
 def find_policy(options, given, task):
@@ -228,15 +215,18 @@ def make_player(options, policy, settings, given):
         return EndpointPlayer(
             options.endpoint, options.model, options.transcripts, options.concurrency, options.seed,
             settings.cot, settings.max_new_tokens, given.get("temperature"), options.greedy)
-    return model_player(policy, options.seed, settings.cot, settings.max_new_tokens, options.greedy,
-                        settings.play_batch_size)
+    player = model_player(policy, options.seed, settings.cot, settings.max_new_tokens,
+                          options.greedy, settings.play_batch_size)
+    return shown_otherwise(player, options.pictures, settings, options.seed)
 
 
 def check_options(options, given):
     """ModelError, in words, for what makes no sense."""
     render, policy = options.render or "", options.policy or ""
     numbers = ("num_envs", "max_new_tokens", "play_batch_size")
-    counts = {"episodes": options.episodes, "concurrency": options.concurrency}
+    every = options.episodes == "all"
+    counts = {"draws": options.draws, "concurrency": options.concurrency}
+    counts |= {} if every else {"episodes": options.episodes}
     counts |= {name: given[name] for name in numbers if name in given}
     idle = {"temperature", "max_new_tokens", "play_batch_size"} & set(given)
     wrong = [(value == "", f"--{name} is empty: an unset variable?")
@@ -245,8 +235,12 @@ def check_options(options, given):
         (not 1 <= value < 2**31, f"{flag(name)} must be 1 or more, and below 2³¹")
         for name, value in counts.items()]
     wrong += [
-        (not 0 <= options.seed <= 2**31 - options.episodes,
+        (not 0 <= options.seed <= 2**31 - (2**20 if every else options.episodes),
          "--seed must be 0 or more, --seed + --episodes at most 2³¹: training deals begin there"),
+        (render and (every or options.pictures != PICTURES[0]),
+         "--render plays the deal of --seed with its own picture: no --episodes all or --pictures"),
+        (options.pictures != PICTURES[0] and (policy or options.endpoint),
+         "--pictures is for a model of this machine"),
         (not options.model and {"cot", "bits"} & set(given),
          "--cot and --bits are for --model: a run has its own, a policy none"),
         (policy and (idle or options.greedy),
@@ -262,6 +256,7 @@ def check_options(options, given):
             render or "game" in given or policy not in ("", "random", "expert")),
          "--task all takes no --render or --game, and of --policy random and expert: the games "
          "differ"),
+        (options.task == "all" and every, "--task all takes no --episodes all: Blackjack has none"),
         (render and not render.endswith(".html"),
          f"--render writes a page: call it {Path(render).stem}.html"),
         (options.beside and not render, "--beside is for --render FILE.html"),
@@ -275,6 +270,9 @@ def check_options(options, given):
     settings = resolve(Settings, {"task": task, **own})
     if not options.run:     # a run has options of its own, and was tried when it began
         check_game(task, settings.game, ("best_actions",) if policy == "expert" else ())
+        if every:
+            game = held_out_game(task, settings.game_options)
+            choose_deals(game, "all", options.seed, options.draws)
     if policy:
         scripted_player(policy, task, options.seed)
 
@@ -320,13 +318,10 @@ def play(options, given):
         if options.beside:
             sides.append(find_policy(*asked_beside(options, given, settings), options.task))
         recorder = Page(options.task, options.seed, options.greedy, sides)
-    others = baselines(settings)        # before the games: a broken file loses none
     result = play_task(options, policy, name, settings, given, recorder)
     for key, value in result.items():
         if value is not None:
-            print(f"{key:18} {shown(value)}")
-    if others:
-        print(f"{'others win':18} {others} (results/baselines.json)")
+            print(f"{key:20} {shown(value)}")
     return result, recorder
 
 
@@ -340,28 +335,28 @@ def shown(value):
 
 
 def play_task(options, policy, name, settings, given, watch=None):
-    """evaluate's summary of one task, with the player's name and temperature, an endpoint's
-    calls."""
+    """evaluate's summary of one task, with the player's name and temperature, an endpoint's calls,
+    and what players without a model win of the same deals."""
+    def games_of(player, cot=True, watch=None):
+        return evaluate(player, settings.task, options.episodes, options.seed, settings.num_envs,
+                        cot, watch, settings.game_options, options.draws)
+
+    # these first: if one of them fails, no model's games are lost
+    names = () if options.policy else find_game(settings.task).compare_with
+    others = {
+        name: games_of(scripted_player(name, settings.task, options.seed))["success"]
+        for name in names}
     player = make_player(options, policy, settings, given)
     # an endpoint's folder has a lock, and its calls threads
     with player if options.endpoint else contextlib.nullcontext():
-        result = evaluate(player, settings.task, options.episodes, options.seed, settings.num_envs,
-                          settings.cot, watch, settings.game_options)
+        result = games_of(player, settings.cot, watch)
+    if others:
+        result["same_deals"] = others
+    if options.pictures != PICTURES[0]:
+        result["pictures"] = options.pictures
     temperature = {"temperature": policy.temperature} if policy and not options.greedy else {}
     calls = player.counts() if options.endpoint else {}
     return {"policy": name, **temperature, **result, **calls}
-
-
-def baselines(settings):
-    """What players without a model win of the default games: "random 28.1 %, expert 43.6 %"."""
-    if settings.game:                   # other deals
-        return ""
-    with as_model_error(BASELINES):
-        found = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
-    names = ("random", "constant", "heuristic", "below-14", "expert")
-    shares = {name: found.get(f"{settings.task}-{name}") for name in names}
-    return ", ".join(
-        f"{name} {100 * own['success']:.1f} %" for name, own in shares.items() if own)
 
 
 def play_all(options, given):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from env import find_game
+from env import find_game, held_out_game
 from plumbing.adapters import load_value_head
 from plumbing.checkpoint import newest_checkpoint
 from plumbing.errors import ModelError
@@ -28,6 +28,8 @@ PLAY_SETTINGS = (
     "num_envs", "play_batch_size", "max_new_tokens", "bits", "device", "cot", "temperature", "game")
 
 
+PICTURES = "own", "black", "another"        # what shown_otherwise shows
+
 # ---- with a model ------------------------------------------------------------------------------
 def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch_size=64):
     """A player that asks the policy: (games, pictures, infos) → a Choice for each game."""
@@ -38,6 +40,24 @@ def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch
         _, _, choices = act(policy, games, pictures, infos, generator, fallback, cot,
                             max_new_tokens, greedy, batch_size)
         return choices
+
+    return play
+
+
+def shown_otherwise(player, pictures, settings, seed):
+    """The player as it is ("own"); or it sees "black" pictures, or ever "another" deal's first one.
+
+    A policy that wins no less so does not look.
+    """
+    if pictures == "own":
+        return player
+    other = held_out_game(settings.task, settings.game_options)
+    other.reset(seed=seed)
+
+    def play(games, shown, infos):
+        if pictures == "black":
+            return player(games, [np.zeros_like(picture) for picture in shown], infos)
+        return player(games, [other.reset()[0] for _ in shown], infos)
 
     return play
 

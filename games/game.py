@@ -46,6 +46,7 @@ class Game(gymnasium.Env):
     # players without a model beside random, expert and always:ACTION: {name, with a ":" where it
     # takes an argument: function of the argument → function of info → action}
     scripts = {}
+    compare_with = ()           # players without a model whom eval.py lets play the same deals
 
     # Settings of a run in which the paper has another value on this game, such as
     # {"cot_lambda": 0.2}.
@@ -132,10 +133,15 @@ class Game(gymnasium.Env):
         """More of an evaluation, as plain values: of all Decisions, and of those with thoughts."""
         return {}
 
+    def all_deals(self) -> list[tuple[float, dict]] | None:
+        """Every deal with its probability, [(p, {field: value})]; None where they have no end."""
+        return None
+
     def reset(self, *, seed=None, options=None):
         """Deal a game; return (picture (SIZE, SIZE, 3) uint8, info).
 
-        Without a seed the deal comes from the generator as it goes on.
+        Without a seed the deal comes from the generator as it goes on. options={"deal": {…}}: this
+        one, of all_deals.
         """
         super().reset(seed=seed)
         self.steps = 0
@@ -145,6 +151,11 @@ class Game(gymnasium.Env):
         self.deal()
         if self.fields is None:
             self.fields = tuple(sorted(name for name in {*vars(self)} - before if name[0] != "_"))
+        if deal := (options or {}).get("deal"):
+            for name, value in deal.items():
+                setattr(self, name, copy.deepcopy(value))
+            if {*deal} - {*self.fields} or not self.is_possible():
+                raise GameError(f"{deal} is no deal of {type(self).__name__}")
         return self.observe()
 
     def step(self, action):

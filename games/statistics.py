@@ -29,7 +29,7 @@ def rate(truths: Iterable[bool]) -> float | None:
 
 
 def wilson(successes, trials, z=1.96) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share.
+    """The 95 % Wilson score interval of a share; trials: as many as it is worth, a fraction too.
 
     >>> [round(bound, 3) for bound in wilson(50, 100)]
     [0.404, 0.596]
@@ -40,6 +40,36 @@ def wilson(successes, trials, z=1.96) -> tuple[float, float]:
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def draws_interval(success, shares) -> tuple[float, float]:
+    """The 95 % interval of the success in all deals, each of which was played several times.
+
+    success (draws, deals): of each game; shares (deals,): how often a deal comes, 1 in all. The
+    deals are no sample, so what is uncertain is what a policy draws. Deals mostly won and those
+    mostly lost have an interval each, put together as Newcombe does (MOVER): a few games that end
+    alike do not make a deal certain.
+    """
+    mostly = success.mean(0) >= 0.5
+    below = above = 0.0
+    for part in (mostly, ~mostly):
+        if part.any():
+            weight = shares[part].sum()
+            share, low, high = _of_a_part(success[:, part], shares[part] / weight)
+            below += (weight * (share - low)) ** 2
+            above += (weight * (high - share)) ** 2
+    share = float(shares @ success.mean(0))
+    return share - math.sqrt(below), share + math.sqrt(above)
+
+
+def _of_a_part(success, shares):
+    """(share, low, high): Wilson's, of as many games as Σ p² σ² / draws is worth of a sample."""
+    share = float(shares @ success.mean(0))
+    if success.all() or not success.any():
+        return share, *wilson(success.sum().item(), success.size)
+    variance = float(shares**2 @ success.var(0, ddof=1)) / len(success)
+    trials = share * (1 - share) / variance
+    return share, *wilson(share * trials, trials)
 
 
 def decision_statistics(game, decisions, cot):

@@ -1,29 +1,25 @@
 """Held-out evaluation, and who plays."""
 
 import copy
+import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import eval as evaluation
 import players
 import rollout as playing
-from env import GAMES
+import train
+from env import GAMES, make_game
+from games.statistics import draws_interval, wilson
 from plumbing.errors import ModelError
 from plumbing.loading import POCKET
 from policy import Policy
 from tests.common import make_run, pocket_settings
-
-
-def test_a_broken_file_of_baselines_is_told_before_the_games(tmp_path, monkeypatch):
-    broken = tmp_path / "baselines.json"
-    broken.write_text('{"numberline-random": {},\n}')         # its last line was deleted
-    monkeypatch.setattr(evaluation, "BASELINES", broken)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("its games would be lost"))
-    with pytest.raises(SystemExit, match="baselines.json cannot be used"):
-        evaluation.main(["--task", "numberline", "--policy", "random", "--episodes", "2"])
 
 
 @pytest.mark.parametrize("task", GAMES)
@@ -42,7 +38,7 @@ def test_held_out_games_are_asked_as_the_run_was(shipped, tmp_path, monkeypatch,
     run, texts = make_run(shipped, "numberline", cot=False, eval_episodes=2, max_new_tokens=20), []
     encode = run.policy.encode
     monkeypatch.setattr(run.policy, "encode", lambda pictures, said: (texts.extend(said), encode(pictures, said))[1])
-    result = evaluation.held_out(run.policy, run.settings, 1, tmp_path / "eval.json")
+    result = train.held_out(run.policy, run.settings, 1, tmp_path / "eval.json")
     assert texts and not any('"thoughts"' in text for text in texts) and result["reading_rate"] is None
     evaluation.main(["--task", "numberline", "--model", "pocket", "--no-cot", "--episodes", "1"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reading_rate"] is None
@@ -97,7 +93,7 @@ def test_the_likeliest_answer_hangs_on_no_seed(shipped):
     policy = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2, temperature=1.0)
     games = [GAMES["points24"]() for _ in range(6)]
     states = [game.reset(seed=k) for k, game in enumerate(games)]
-    options = SimpleNamespace(policy=None, endpoint=None)
+    options = SimpleNamespace(policy=None, endpoint=None, pictures="own")
     settings = pocket_settings("points24", max_new_tokens=60)
     for greedy in (True, False):
         options.greedy, answers = greedy, []
@@ -118,6 +114,9 @@ def test_the_likeliest_answer_hangs_on_no_seed(shipped):
     (["--model", "pocket", "--endpoint", ""], "--endpoint is empty"), (["--model", "pocket", "--out", ""], "empty"),
     (["--policy", "random", "--out", "x.html", "--render", "x.html"], "two files"),
     (["--policy", "random", "--episodes", "1" + 14 * "0"], "below 2³¹"),
+    (["--policy", "random", "--episodes", "all"], "deals of Blackjack have no end"),
+    (["--policy", "random", "--episodes", "all", "--draws", "1"], "--draws must be 2 to 1000"),
+    (["--policy", "random", "--pictures", "black"], "--pictures is for a model"),
     (["--policy", "random", "--seed", "2147483647", "--episodes", "2"], "training deals begin there"),
     (["--model", str(POCKET.with_name("pocket-alfworld"))], "words of other games"),
     (["--policy", "random", "--endpoint", "http://localhost:1/v1"], "needs --model NAME")])
@@ -138,10 +137,8 @@ def test_all_games_are_one_table_and_one_json(tmp_path, capsys):
         evaluation.main(["--task", task, *arguments])
         printed = capsys.readouterr().out
         assert json.loads(printed.splitlines()[-1]) == {"policy": "random", **found["tasks"][task]}
-        recorded = json.loads(evaluation.BASELINES.read_text())[f"{task}-random"]
-        assert f"random {100 * recorded['success']:.1f} %" in printed
     for bad in (["--policy", "always:="], ["--policy", "heuristic"], ["--model", "pocket", "--render", "game.html"],
-                ["--policy", "random", "--game", "max_position=5"]):
+                ["--policy", "random", "--game", "max_position=5"], ["--policy", "random", "--episodes", "all"]):
         with pytest.raises(SystemExit, match="--task all takes"):
             evaluation.main(["--task", "all", *bad])
 
@@ -182,3 +179,78 @@ def test_all_games_are_the_default_ones_whatever_the_run_learned_on(monkeypatch)
         played.update({settings.task: settings.game}), result)[1])
     evaluation.main(["--task", "all", "--run", "run"])
     assert set(GAMES) <= set(played) and {*played.values()} == {()}
+
+
+@pytest.mark.parametrize("task, count", [("numberline", 30), ("ezpoints", 304), ("points24", 715)])
+def test_all_deals_are_those_that_come(task, count):
+    """By counting: each deal's share is what 52 cards a place, or the seeds, give it."""
+    game = make_game(task)
+    game.reset(seed=0)
+    deals = game.all_deals()
+    assert len(deals) == count and sum(share for share, _ in deals) == pytest.approx(1)
+    numbers = lambda deal: tuple(sorted(min(card // 4 + 1, 10) for card in deal["cards"]))
+    if task == "points24":
+        shares = Counter()
+        for values in itertools.product(range(1, 11), repeat=4):
+            shares[tuple(sorted(values))] += np.prod([16 if value == 10 else 4 for value in values]) / 52**4
+        assert {numbers(deal): share for share, deal in deals} == pytest.approx(shares)
+        assert [deal for _, deal in game.all_deals()] != [deal for _, deal in deals]        # other cards each time
+    else:
+        assert {share for share, _ in deals} == {1 / count}
+        known = {str(deal) for _, deal in deals}
+        assert len(known) == count
+        for seed in range(500):
+            game.reset(seed=seed)
+            assert str({name: getattr(game, name) for name in deals[0][1]}) in known
+    picture, info = game.reset(seed=1, options={"deal": deals[7][1]})
+    other, _ = make_game(task).reset(seed=2, options={"deal": deals[7][1]})
+    assert np.array_equal(picture, other) and all(getattr(game, name) == value for name, value in deals[7][1].items())
+    twin = make_game(task)
+    twin.set_state(json.loads(json.dumps(game.get_state())))
+
+
+def test_success_over_every_deal_is_exact_but_for_the_draws():
+    expert = evaluation.evaluate(players.scripted_player("expert", "points24", 0), "points24", "all", 0, draws=2)
+    assert expert["success"] == pytest.approx(0.73093, abs=5e-6)            # 52 cards a place: 73.09 % have a solution
+    assert 0.725 < expert["success_low"] < expert["success"] < expert["success_high"] < 0.735
+    assert expert["episodes"] == 2 * 715 and expert["draws_of_every_deal"] == 2
+    random = evaluation.evaluate(players.scripted_player("random", "numberline", 0), "numberline", "all", 0, draws=40)
+    assert random["success_low"] < 0.269 < random["success_high"]           # exactly 26.9 %
+    constant = evaluation.evaluate(players.scripted_player("always:-", "numberline", 0), "numberline", "all", 0, draws=2)
+    assert constant["success_low"] < constant["success"] == 0.5 < constant["success_high"]
+
+
+@pytest.mark.parametrize("draws", [2, 4, 20])
+def test_the_interval_of_draws_covers(draws):
+    """Of deals with known chances it holds the true share in some 95 of 100 evaluations, nearly certain deals too."""
+    generator = np.random.default_rng(0)
+    spread = generator.random(40) ** 3, generator.dirichlet(np.ones(40))
+    nearly = np.r_[[0.99] * 25, [0.02] * 5], np.full(30, 1 / 30)
+    for (chances, shares), worst in ((spread, 0.89 if draws == 2 else 0.92), (nearly, 0.94)):
+        bounds = [draws_interval((generator.random((draws, len(chances))) < chances).astype(float), shares)
+                  for _ in range(600)]
+        assert np.mean([low <= shares @ chances <= high for low, high in bounds]) >= worst
+        assert all(0 <= low < high <= 1 for low, high in bounds)
+    assert draws_interval(np.ones((4, 25)), np.full(25, 1 / 25)) == pytest.approx(wilson(100, 100))
+
+
+def test_does_it_look(shipped, monkeypatch):
+    """What a model is shown instead: nothing, or another deal; the games themselves go on as they are."""
+    settings, seen = pocket_settings("numberline"), []
+    player = lambda games, pictures, infos: seen.append((pictures, infos)) or "choices"
+    game = GAMES["numberline"]()
+    picture, info = game.reset(seed=0)
+    for shown in players.PICTURES:
+        assert players.shown_otherwise(player, shown, settings, 0)([game, game], [picture, picture], [info] * 2) == "choices"
+    (own, _), (black, _), (another, infos) = seen
+    assert own[0] is picture and not np.any(black) and black[0].shape == picture.shape
+    assert not np.array_equal(another[0], another[1]) and infos == [info, info]
+
+
+def test_blackjack_is_told_beside_players_on_the_same_deals(capsys):
+    evaluation.main(["--task", "blackjack", "--model", "pocket", "--episodes", "64"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["same_deals"]) == ["always:stand", "below:12", "below:14", "expert"]
+    for name, success in result["same_deals"].items():
+        alone = evaluation.evaluate(players.scripted_player(name, "blackjack", 0), "blackjack", 64, 10_000)
+        assert alone["success"] == success
