@@ -6,6 +6,7 @@ Differs from PEFT, which the tests hold it against: no dropout, and B A x is add
 matrix product itself. Does not handle: files of adapters (plumbing/adapters.py).
 """
 
+import contextlib
 import math
 
 import torch
@@ -53,6 +54,31 @@ class LoRALinear(nn.Module):
         else:
             for copy, weight in zip(self.copies, (self.lora_A, self.lora_B)):
                 copy.copy_(weight)
+
+
+class FrozenCopy:
+    """Adapters as they were: where RL began, for --kl-coef. With B = 0 that is the base model."""
+
+    def __init__(self, layers: dict[str, LoRALinear]):
+        self.layers = layers
+        self.weights = [weight.detach().clone() for weight in self._own()]
+
+    def _own(self):
+        return [weight for layer in self.layers.values() for weight in (layer.lora_A, layer.lora_B)]
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Let the policy be what it was, for as long as nothing learns."""
+        now = [weight.data for weight in self._own()]
+        try:
+            self._put(self.weights)
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, tensors):
+        for weight, tensor in zip(self._own(), tensors):
+            weight.data = tensor
 
 
 def add_lora(model, rank, alpha, target_modules, generator) -> dict[str, LoRALinear]:

@@ -10,6 +10,8 @@ model (policy.ValueHead). Does not handle: playing (rollout.py), scoring tokens 
 recurrent policies.
 """
 
+import math
+
 import torch
 
 import parallel
@@ -75,6 +77,15 @@ def kl_estimate(log_ratio):
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
+def kl_penalty(answer_logp, start_logp):
+    """½ E[(log π − log π_start)²] of whole answers, both (B,): a loss whose gradient is KL's.
+
+    For over samples of π, ∇ is E[(log π − log π_start) ∇ log π] = ∇ KL(π ‖ π_start). Of k3, as
+    GRPO has it, the value is that KL, and the gradient another one's.
+    """
+    return 0.5 * ((answer_logp - start_logp) ** 2).mean()
+
+
 def value_loss(values, returns):
     """½ E[(V − R)²] of values and returns, both (B,)."""
     return 0.5 * ((values - returns) ** 2).mean()
@@ -93,9 +104,14 @@ def explained_variance(values, returns) -> float | None:
 
 
 def minibatches(samples, size, epochs, generator) -> list[list[int]]:
-    """Lists of `size` of the indices 0 … samples − 1; each epoch has all of them in a new order."""
+    """Lists of `size` of the indices 0 … samples − 1; each epoch has all of them in a new order.
+
+    Somewhat smaller where it does not divide them: a last one of two answers would be a step too.
+    """
+    count = math.ceil(samples / size)
+    bounds = [samples * k // count for k in range(count + 1)]
     orders = [torch.randperm(samples, generator=generator).tolist() for _ in range(epochs)]
-    return [order[k:k + size] for order in orders for k in range(0, samples, size)]
+    return [order[low:high] for order in orders for low, high in zip(bounds, bounds[1:])]
 
 
 def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator) -> dict:
@@ -128,9 +144,14 @@ def ppo_update(policy, optimizer, rollout, settings, generator: torch.Generator)
                 ratio_error = max(ratio_error, error)
             p_loss, kl, clipped = policy_loss(new_logp, old_logp, advantages, settings.clip_coef)
             v_loss = value_loss(values, returns)        # no gradient into the model: ValueHead
-            answer_kl = kl_estimate(answer_logprob(logp, starts, 1.0) - old_answer_logp)
+            answer_logp = answer_logprob(logp, starts, cot_lambda=1.0)
+            answer_kl = kl_estimate(answer_logp - old_answer_logp)
+            loss = p_loss + v_loss
+            if settings.kl_coef:        # off by default
+                start_logp = rollout.start_logp[group].to(logp.device)
+                loss = loss + settings.kl_coef * kl_penalty(answer_logp, start_logp)
             share = len(group) / len(batch)     # subtle: micro-batches add up to the batch's mean
-            (share * (p_loss + v_loss)).backward()
+            (share * loss).backward()
             found = torch.stack([p_loss.detach(), v_loss.detach(), kl, clipped, answer_kl])
             sums += share * found.cpu()
         norms = prepare_step(optimizer, sums, settings)     # norms: before clipping

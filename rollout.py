@@ -97,7 +97,8 @@ def padded_shapes(prompts, responses, settings) -> list[Shape]:
 class Rollout:
     """S = L × N samples in the order of play: all games' first step, all games' second, …
 
-    collect fills the first block, score_rollout the second, add_advantages the third.
+    collect fills the first block, score_rollout the second, add_advantages the third (or
+    groups.py the first and the third: there S is what it comes to, and rewards are (S, 1)).
     """
 
     # rewards are the games', and Game.unnamed_reward more for an answer that named no action
@@ -111,6 +112,7 @@ class Rollout:
     states: list = field(default_factory=list)          # S games' states, for imitation.py alone
     cut_off: list = field(default_factory=list)         # (t, n, Prompt of the last observation)
     last_prompts: list = field(default_factory=list)    # N Prompts: the states after the last step
+    episode_of: torch.Tensor = None     # (S,) each answer's episode, in groups.py alone
     episodes: list = field(default_factory=list)        # (return, success) of those that ended
     action_starts: torch.Tensor = None  # (S,) the token where the action part begins
     shapes: list = field(default_factory=list)          # S Shapes (padded_shapes)
@@ -119,6 +121,7 @@ class Rollout:
     old_answer_logp: torch.Tensor = None    # (S,) of the whole answers, unweighted
     old_values: torch.Tensor = None     # (S,)
     part_logp: torch.Tensor = None      # (2,) sums over answers: of the thoughts, of the actions
+    start_logp: torch.Tensor = None     # (S,) old_answer_logp by RL's start, with --kl-coef
 
     advantages: torch.Tensor = None     # (S,) normalised
     returns: torch.Tensor = None        # (S,)
@@ -141,21 +144,11 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
     rollout = Rollout(torch.zeros(L, N), torch.zeros(L, N), torch.zeros(L, N))
     observations = [game.observe() for game in games]
     for t in range(L):
-        pictures, infos = zip(*observations)
-        prompts, responses, choices = act(
-            policy, games, pictures, infos, sampling, fallback, settings.cot,
-            settings.max_new_tokens, batch_size=settings.play_batch_size)
-        rollout.prompts += prompts
-        rollout.responses += responses
-        rollout.choices += choices
-        rollout.infos += infos
         if settings.imitation:
             rollout.states += [game.get_state() for game in games]
-
-        for n, (game, choice) in enumerate(zip(games, choices)):
-            picture, reward, terminated, truncated, info = game.step(choice.index)
-            # ALFWorld punishes an answer that names no action
-            rollout.rewards[t, n] = reward + (0 if choice.named else game.unnamed_reward)
+        steps = play_step(policy, games, observations, rollout, settings, sampling, fallback)
+        for n, (game, step) in enumerate(zip(games, steps)):
+            picture, rollout.rewards[t, n], terminated, truncated, info = step
             rollout.terminated[t, n], rollout.truncated[t, n] = terminated, truncated
             if truncated:
                 # subtle: a truncated episode is worth V of its own last state, which the next
@@ -163,22 +156,48 @@ def collect(policy, games: list, settings, sampling, fallback, progress=lambda s
                 [prompt] = encode_states(policy, [game], [picture], [info], settings.cot)
                 rollout.cut_off.append((t, n, prompt))
             if terminated or truncated:
-                rollout.episodes.append((game.episode_return, info["is_success"]))
                 picture, info = game.reset()
             observations[n] = picture, info
         progress(settings.num_envs)
 
     rollout.last_prompts = encode_states(policy, games, *zip(*observations), settings.cot)
-    rollout.action_starts = torch.tensor([choice.action_start for choice in rollout.choices])
-    rollout.shapes = padded_shapes(rollout.prompts, rollout.responses, settings)
+    complete(rollout, settings)
     return rollout
 
 
+def play_step(policy, games, observations, rollout, settings, sampling, fallback):
+    """An answer and a step of each game, added to the rollout; return what Game.step returned."""
+    pictures, infos = zip(*observations)
+    prompts, responses, choices = act(
+        policy, games, pictures, infos, sampling, fallback, settings.cot,
+        settings.max_new_tokens, batch_size=settings.play_batch_size)
+    rollout.prompts += prompts
+    rollout.responses += responses
+    rollout.choices += choices
+    rollout.infos += infos
+    steps = []
+    for game, choice in zip(games, choices):
+        picture, reward, terminated, truncated, info = game.step(choice.index)
+        # ALFWorld punishes an answer that names no action
+        reward += 0 if choice.named else game.unnamed_reward
+        steps.append((picture, reward, terminated, truncated, info))
+        if terminated or truncated:
+            rollout.episodes.append((game.episode_return, info["is_success"]))
+    return steps
+
+
+def complete(rollout, settings):
+    """Fill in action_starts and shapes, when all is played."""
+    rollout.action_starts = torch.tensor([choice.action_start for choice in rollout.choices])
+    rollout.shapes = padded_shapes(rollout.prompts, rollout.responses, settings)
+
+
 @torch.no_grad()
-def score_rollout(policy, rollout: Rollout, settings):
+def score_rollout(policy, rollout: Rollout, settings, start=None):
     """Fill in old_logp, old_answer_logp, old_values and part_logp, by the policy that answered.
 
-    A run's first rollout also fits the value head's inputs.
+    A run's first rollout also fits the value head's inputs. start: lora.FrozenCopy of the adapters
+    that RL began from, for start_logp.
     """
     if not policy.value_head.fitted:
         hidden = _in_batches(policy.prompt_hidden, rollout.prompts, settings.micro_batch_size)
@@ -195,6 +214,12 @@ def score_rollout(policy, rollout: Rollout, settings):
         rollout.old_answer_logp[group] = answer_logprob(logp, starts, cot_lambda=1.0).cpu()
         action = answer_logprob(logp, starts, cot_lambda=0.0).sum()
         rollout.part_logp += torch.tensor([(logp.sum() - action).item(), action.item()])
+    if start:
+        rollout.start_logp = torch.zeros(S)
+        with start.in_place():
+            for group, prompts, responses, shape in rollout.micro_batches(range(S)):
+                logp, _ = policy.logprobs(prompts, responses, shape)
+                rollout.start_logp[group] = logp.sum(1).cpu()
 
 
 def add_advantages(policy, rollout: Rollout, settings):
@@ -242,7 +267,11 @@ def rollout_metrics(rollout: Rollout, settings, game) -> dict:
     if settings.cot:
         read = reads_right(
             game, [(choice.text, info) for choice, info in zip(rollout.choices, rollout.infos)])
-    parts = parallel.concat(rollout.part_logp[None]).sum(0) / settings.batch_size
+    answers = parallel.concat(torch.tensor([len(rollout.responses)])).sum()
+    parts = parallel.concat(rollout.part_logp[None]).sum(0) / answers
+    kl = {}
+    if settings.kl_coef:
+        kl["kl_to_start"] = mean((rollout.old_answer_logp - rollout.start_logp).tolist())
     return {
         "episodes": len(gather(returns)),
         # None where the game cannot tell
@@ -251,6 +280,7 @@ def rollout_metrics(rollout: Rollout, settings, game) -> dict:
         "parse_rate": mean([choice.named for choice in rollout.choices]),
         "reading_rate": mean(read),
         "response_tokens": mean([len(response) for response in rollout.responses]),
+        **kl,
         "thought_logp": parts[0].item(),
         "action_logp": parts[1].item(),
         "explained_variance": explained_variance(

@@ -942,7 +942,8 @@ def test_without_chain_of_thought_no_prompt_asks_for_thoughts(shipped):
 # ---- the loop: train.py ---------------------------------------------------------------------------------------------
 def test_learning_rate_falls_and_stays_down(shipped):
     run, rates = make_run(shipped, "numberline", value_lr=0.1, total_timesteps=320), []
-    for run.update in range(10):
+    for update in range(10):
+        run.env_steps = update * run.settings.batch_size
         train.anneal(run)
         rates.append([group["lr"] for group in run.optimizer.param_groups])
     rates, of_value = zip(*rates)

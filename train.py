@@ -13,6 +13,7 @@ ppo.py), several tasks at once.
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 from dataclasses import asdict, fields
@@ -20,11 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import parallel
 from env import make_game
-from eval import held_out
+from eval import evaluate
+from groups import add_group_advantages, collect_groups
 from imitation import WonGames, imitate, kl_since
+from lora import FrozenCopy
+from players import model_player
 from plumbing.checkpoint import (
     check_run_folder,
     checkpoints,
@@ -54,7 +59,7 @@ class Run:
         self.settings, self.policy, self.files = settings, policy, files
         if settings.compile:
             policy.compile_layers()
-        self.update = 0             # updates behind us
+        self.update = self.env_steps = 0        # behind us
         self.checkpoint = None      # the folder that holds it as of the last save or load
 
         # two groups, each with a learning rate of its own: V learns faster; eps is the paper's
@@ -78,8 +83,10 @@ class Run:
         for game, seed in zip(self.games, deal_seeds[rank * share:]):
             # the first deal, above every held-out seed; later ones go on from its generator
             game.reset(seed=seed + 2**31)
+        # both off by default
+        self.start = FrozenCopy(policy.lora) if settings.kl_coef else None
         self.imitation_buffer = None
-        if settings.imitation:      # off by default
+        if settings.imitation:
             self.imitation_buffer = WonGames(share)
             # its own, or its steps would go on with PPO's momentum
             self.optimizers["imitation"] = torch.optim.Adam(weights, lr=settings.lr, eps=1e-7)
@@ -91,17 +98,19 @@ def train(run, folder, report):
     Under torchrun every process comes here; the first alone writes and prints.
     """
     settings, policy = run.settings, run.policy
-    # run.update counts the updates behind us; a resumed run begins at its checkpoint's
-    while run.update < settings.num_updates:
+    play, advantages = collect, add_advantages
+    if settings.advantage != "gae":     # ours, off by default
+        play, advantages = collect_groups, add_group_advantages
+    # run.env_steps counts the answers behind us; a resumed run begins at its checkpoint's
+    while run.env_steps < settings.planned_steps:
         anneal(run)
 
         # play: prompts, answers, rewards
-        rollout = collect(
-            policy, run.games, settings, run.sampling, run.fallback, report.bar.update)
+        rollout = play(policy, run.games, settings, run.sampling, run.fallback, report.bar.update)
         # score: log π and V of the policy that answered, the old ones from now on
-        score_rollout(policy, rollout, settings)
+        score_rollout(policy, rollout, settings, run.start)
         # advantages: GAE over each game's steps
-        add_advantages(policy, rollout, settings)
+        advantages(policy, rollout, settings)
         report.lap("rollout_s")
 
         # update: some epochs of clipped PPO on this rollout
@@ -109,15 +118,17 @@ def train(run, folder, report):
         if settings.imitation:
             learned |= imitate_own_wins(run, rollout)
         run.update += 1
+        run.env_steps += len(rollout.responses) * parallel.size()
         report.lap("update_s")
 
         # record, save, show: in this order, so that nothing shown is ever lost
         metrics = rollout_metrics(rollout, settings, run.games[0]) | learned
-        # the first game's last answer, as a sample to read
-        sample = rollout.choices[-len(run.games)], rollout.rewards[-1, 0].item()
-        report.write(run.update, run.optimizer.param_groups[0]["lr"], metrics, *sample)
+        # the first game's last answer (in groups: the last answer), as a sample to read
+        sample = rollout.choices[-rollout.rewards.shape[1]], rollout.rewards[-1, 0].item()
+        lr = run.optimizer.param_groups[0]["lr"]
+        report.write(run.update, run.env_steps, lr, metrics, *sample)
         del rollout                 # before the next one: kept image features are large
-        if run.update % settings.save_every == 0 or run.update == settings.num_updates:
+        if run.update % settings.save_every == 0 or run.env_steps >= settings.planned_steps:
             save(run, folder)
         report.show()
 
@@ -125,10 +136,10 @@ def train(run, folder, report):
 def anneal(run):
     """Each group's learning rate falls on a cosine to lr_end over the run's updates.
 
-    The last update is one step short of the cosine's end, so it still learns.
+    The last update is short of the cosine's end, so it still learns.
     """
     settings = run.settings
-    done = run.update / settings.num_updates
+    done = run.env_steps / settings.planned_steps
     for group, start in zip(run.optimizer.param_groups, (settings.lr, settings.value_lr)):
         # from 1 to 0
         fall = 0.5 * (1 + math.cos(math.pi * done))
@@ -163,10 +174,53 @@ def run_whole(run, folder, checkpoint=None, board=None):
     # a kill in the first update then costs nothing but that
     if checkpoint is None:
         save(run, folder)
-    with Report(folder, run.settings, run.update, board) as report:
+    with Report(folder, run.settings, run.env_steps, board) as report:
         train(run, folder, report)
     # the last checkpoint plays the held-out games, not the best one
     held_out(run.policy, run.settings, run.update, folder / "eval.json", board)
+
+
+def held_out(policy, settings, update, path, board=None):
+    """Play the held-out games of a run, write and print the result; return it.
+
+    A result that is there already is taken where this very policy played it, before the run was
+    stopped. board: extras.board.Board with --tensorboard.
+    """
+    if parallel.rank() or not settings.eval_episodes:
+        return None
+    episodes = settings.eval_episodes
+    there = f"{path} (delete it, and its games are played again)"
+    with as_model_error(there):
+        result = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    if result and "update" not in result:
+        # eval.py wrote it, of whatever policy: it stays, by another name
+        kept = next(
+            name for number in itertools.count(1)
+            if not (name := path.with_name(f"{path.stem}-{number}.json")).exists())
+        path.rename(kept)
+        say(f"{path} was not written by train.py: it is {kept} now")
+    if (result.get("update"), result.get("seed")) != (update, settings.eval_seed):
+        say(f"playing {episodes} held-out games (--eval-episodes) …")
+        player = model_player(policy, settings.eval_seed, settings.cot, settings.max_new_tokens,
+                              batch_size=settings.play_batch_size)
+        with tqdm(total=episodes, unit="game", desc="held out", disable=None, leave=False) as bar:
+            watch = lambda picture, choice, episode: bar.update(choice is None)
+            result = evaluate(player, settings.task, episodes, settings.eval_seed,
+                              settings.num_envs, settings.cot, watch, settings.game_options)
+        result["update"] = update
+        write_whole(path, json.dumps(result) + "\n")
+    if board:
+        board.catch_up()
+    with as_model_error(there):
+        told = [f"return {result['return_mean']:.3f}",
+                f"answers parsed {100 * result['parse_rate']:.1f} %"]
+        if result["success"] is not None:
+            told.insert(0, f"success {100 * result['success']:.1f} % ("
+                        f"{100 * result['success_low']:.1f} to {100 * result['success_high']:.1f})")
+        if result["reading_rate"] is not None:
+            told.append(f"pictures read {100 * result['reading_rate']:.1f} %")
+        say(f"{'end' if update else 'start'}: {', '.join(told)}")
+    return result
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -231,6 +285,9 @@ def launch(cls, description, arguments, make):
         if settings.compile:        # a machine may have no compiler: said now, not after an hour
             with as_model_error("--compile", RuntimeError):
                 torch.compile(torch.neg)(torch.ones(2, device=settings.device))
+        if settings.advantage != "gae" and parallel.size() > 1:
+            raise ModelError("--advantage rloo and grpo are for one process: their rollouts differ "
+                             "in length")
         # torchrun's processes share out the games and each minibatch
         for name in ("num_envs", "minibatch_size"):
             if getattr(settings, name) % parallel.size():

@@ -46,6 +46,7 @@ class FeatureSettings(Settings):
     cot_lambda: float = fixed(1.0)
     temperature: float = fixed(1.0)
     imitation: int = fixed(0)
+    kl_coef: float = fixed(0.0)
     gradient_checkpointing: int = fixed(0)
     compile: bool = fixed(False)
     max_new_tokens: int = fixed(1)

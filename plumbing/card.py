@@ -1,6 +1,6 @@
 """The model card beside saved adapters: README.md as Hugging Face's hub reads it.
 
-    write_card(part, "train.py", settings, base_name="pocket", learned="3 of 29 updates by PPO")
+    write_card(part, "train.py", settings, base_name="pocket", learned="512 steps of PPO")
 
 No clock, and nothing of where the run is written: one that is resumed writes the same bytes.
 """

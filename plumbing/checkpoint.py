@@ -234,8 +234,11 @@ def save(run, folder):
         run.files.save(run.policy, part)
         for name, optimizer in run.optimizers.items():
             save_optimizer(optimizer, part / f"{name}.safetensors")
+        if run.start:
+            weights = {str(k): weight.cpu() for k, weight in enumerate(run.start.weights)}
+            save_file(weights, part / "start.safetensors")
         if (part / "adapter_config.json").exists():
-            learned = f"{run.update} of {run.settings.num_updates} updates by PPO"
+            learned = f"{run.env_steps} steps of PPO, {run.settings.planned_steps} planned"
             write_card(part, "train.py", run.settings, run.files.base_name, learned)
     parallel.wait()
     # each process has its own draws and its own games
@@ -243,7 +246,8 @@ def save(run, folder):
     save_file(generators, part / f"generators{parallel.rank()}.safetensors")
     buffer = run.imitation_buffer
     (part / f"process{parallel.rank()}.json").write_text(json.dumps({
-        "update": run.update, "device": run.policy.device.type, "processes": parallel.size(),
+        "update": run.update, "env_steps": run.env_steps,
+        "device": run.policy.device.type, "processes": parallel.size(),
         "fallback": run.fallback.bit_generator.state,
         "games": [game.get_state() for game in run.games],
         "won": buffer and buffer.get_state(),
@@ -284,7 +288,12 @@ def load(run, checkpoint):
     run.shuffling.set_state(generators["shuffling"])
     for name, optimizer in run.optimizers.items():
         load_optimizer(optimizer, checkpoint / f"{name}.safetensors")
-    run.update, run.fallback.bit_generator.state = stored["update"], stored["fallback"]
+    if run.start:
+        weights = load_file(checkpoint / "start.safetensors")
+        run.start.weights = [
+            weights[str(k)].to(run.policy.device) for k in range(len(weights))]
+    run.update, run.env_steps = stored["update"], stored["env_steps"]
+    run.fallback.bit_generator.state = stored["fallback"]
     with as_model_error(checkpoint):    # such as the data set's files, which may be others now
         for game, state in zip(run.games, stored["games"]):
             game.set_state(state)

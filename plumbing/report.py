@@ -1,9 +1,9 @@
 """What a run shows of itself: lines in its folder, a curve, the terminal.
 
-    with Report(folder, settings, update=0) as report:
+    with Report(folder, settings, env_steps=0) as report:
         report.bar.update(64)                           # games went a step
         report.lap("rollout_s")
-        report.write(update, lr, metrics, *sample)      # the run folder's lines
+        report.write(update, env_steps, lr, metrics, *sample)   # the run folder's lines
         report.show()                                   # curve.png and the terminal
 
 Under torchrun only the first process's report does anything. Does not handle: what the metrics are
@@ -23,11 +23,11 @@ from plumbing.errors import ignore_closed_pipe, printable
 class Report:
     """See the file's header. board: extras.board.Board with --tensorboard."""
 
-    def __init__(self, folder, settings, update, board=None):
+    def __init__(self, folder, settings, env_steps, board=None):
         self.folder, self.settings, self.board = folder, settings, board
         self.first = parallel.rank() == 0
         self.bar = tqdm(
-            total=settings.num_updates * settings.batch_size, initial=update * settings.batch_size,
+            total=settings.planned_steps, initial=env_steps,
             unit="step", desc=settings.task, disable=None if self.first else True)
         self.spent, self.lap_begun = {}, time.perf_counter()
 
@@ -43,12 +43,12 @@ class Report:
         self.spent[name] = now - self.lap_begun
         self.lap_begun = now
 
-    def write(self, update, lr, metrics, choice, reward):
+    def write(self, update, env_steps, lr, metrics, choice, reward):
         """Append an update's lines to the run folder. choice: a sample answer, with its reward."""
-        self.metrics, self.sample = metrics | {"update": update}, (choice, reward)
+        head = {"update": update, "env_steps": env_steps, "lr": lr}
+        self.metrics, self.sample = metrics | head, (choice, reward)
         if not self.first:
             return
-        head = {"update": update, "env_steps": update * self.settings.batch_size, "lr": lr}
         answer = {
             "text": choice.text, "action": choice.action, "named": choice.named, "reward": reward}
         clock = {name: round(seconds, 2) for name, seconds in self.spent.items()}
@@ -69,20 +69,20 @@ class Report:
 
     def _print(self):
         settings, metrics, (choice, reward) = self.settings, self.metrics, self.sample
-        update = metrics["update"]
+        steps = metrics["env_steps"]
         if metrics["ratio_error"] > 0.02:
             self.bar.write(
                 f"warning: before any step ratios are off by {metrics['ratio_error']:.3f}, PPO "
                 f"clips at {settings.clip_coef}: this machine's arithmetic depends on the batch; "
                 "try --bits 32")
-        if update == 1:
+        if metrics["update"] == 1:
             seconds = sum(self.spent.values())
-            minutes = (settings.num_updates - 1) * seconds / 60
+            minutes = max(0, settings.planned_steps / steps - 1) * seconds / 60
             self.bar.write(f"the first update took {seconds:.0f} s: about {minutes:.0f} minutes to "
                            "go, held-out games apart")
         drawn = "" if choice.named else " (drawn at random)"
-        self.bar.write(f"step {update * settings.batch_size}: plays {choice.action}{drawn}, reward "
-                       f"{reward:g}\n  {printable(choice.text)}")
+        self.bar.write(f"step {steps}: plays {choice.action}{drawn}, reward {reward:g}\n"
+                       f"  {printable(choice.text)}")
         shown = ("success", "return_mean", "parse_rate")
         self.bar.set_postfix(
             {key: f"{metrics[key]:.3f}" for key in shown if metrics[key] is not None})

@@ -114,6 +114,12 @@ class Settings(ModelSettings):
     advantage_floor: float = setting(
         0.0, "advantages are divided by their standard deviation, by this at least", small=1.0,
         paper=0.0, why="V's errors are not blown up at the end")
+    advantage: str = setting(
+        "gae", "gae; or without V, by the returns of a deal's episodes: rloo, grpo (groups.py)",
+        paper="gae", choices=("gae", "rloo", "grpo"))
+    group_size: int = setting(8, "with rloo and grpo: episodes of each deal")
+    kl_coef: float = setting(
+        0.0, "weight of the KL to RL's start, on the sampled tokens, in the loss", paper=0.0)
     imitation: int = setting(
         0, "minibatches of the run's own won games learned again after each update: a flag of ours "
         "(imitation.py)", paper=0)
@@ -159,8 +165,9 @@ class Settings(ModelSettings):
         return self.num_envs * self.num_steps
 
     @property
-    def num_updates(self):
-        return self.total_timesteps // self.batch_size
+    def planned_steps(self):
+        """As many as whole rollouts have."""
+        return self.total_timesteps // self.batch_size * self.batch_size
 
     def problem(self):
         for name in ("total_timesteps", "num_steps", "num_envs", "update_epochs", "minibatch_size",
@@ -179,11 +186,15 @@ class Settings(ModelSettings):
         if self.lr_end > min(self.lr, self.value_lr):
             return "--lr-end must not be above --lr or --value-lr, which fall towards it"
         for name in ("seed", "eval_episodes", "eval_seed", "target_kl", "advantage_floor",
-                     "sft_steps", "gradient_checkpointing", "imitation"):
+                     "sft_steps", "gradient_checkpointing", "imitation", "kl_coef"):
             if getattr(self, name) < 0:
                 return f"{flag(name)} must not be negative"
         if self.eval_seed + self.eval_episodes > 2**31:
             return "--eval-seed + --eval-episodes must be at most 2³¹: training deals begin there"
+        if self.advantage != "gae" and (self.group_size < 2 or self.num_envs % self.group_size):
+            return "--group-size must be 2 or more and divide --num-envs"
+        if self.advantage != "gae" and self.imitation:
+            return "--imitation goes with --advantage gae alone"
         if self.batch_size < 2:
             return "--num-envs × --num-steps must be 2 or more: advantages are normalised over it"
         if self.total_timesteps < self.batch_size:

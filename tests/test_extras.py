@@ -593,7 +593,7 @@ def test_a_checkpoint_has_its_model_card(stopped_run):
     written = (stopped_run[0] / "checkpoint-000002" / "README.md").read_text()
     data = ModelCard(written).data.to_dict()
     assert (data["library_name"], data["license"], data["pipeline_tag"]) == ("peft", "unknown", "image-text-to-text")
-    assert "base_model" not in data and "2 of 4 updates by PPO" in written      # a folder: the hub would refuse it
+    assert "base_model" not in data and "16 steps of PPO, 32 planned" in written      # a folder: the hub would refuse it
     config = json.loads((stopped_run[0] / "config.json").read_text())
     assert manifest.plain(settings_of_command(written)) == {
         name: value for name, value in config.items() if name not in Settings.changeable}
