@@ -10,6 +10,7 @@ enemy who writes a manifest too. Does not handle: when that is done (checkpoint.
 loading.py).
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -28,8 +29,10 @@ from env import find_game
 from plumbing.errors import UNREADABLE, ModelError, as_model_error, lines_of
 
 ROOT = Path(__file__).parent.parent
-CODE = ("*.py", "games/*.py", "games/alfworld/*.py", "plumbing/*.py")
-NO_CODE = ("test_all.py", "conftest.py")
+METHOD = (
+    "env.py", "parse.py", "policy.py", "lora.py", "decode.py", "families.py", "ppo.py",
+    "rollout.py", "train.py", "eval.py", "players.py", "sft.py", "imitation.py", "groups.py",
+    "parallel.py", "games/*.py", "plumbing/adapters.py", "plumbing/loading.py")
 # what is read of a model's folder, or of adapters', beside the weights
 READ = (
     "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json",
@@ -39,25 +42,42 @@ WHOLE = 64 * 2**20      # weights' files up to this size are hashed whole, large
 
 
 def versions(settings):
-    """What bits depend on beside the settings."""
-    files = [file for pattern in CODE for file in sorted(ROOT.glob(pattern))]
-    code = hashlib.sha256(
-        b"".join(file.read_bytes() for file in files if file.name not in NO_CODE))
+    """What bits depend on beside the settings; "method" is what runs that are compared share."""
     return {
         "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "code": code.hexdigest()[:12],
+        "transformers": transformers.__version__, "method": method_hash(),
         "threads": torch.get_num_threads(),
         "game": _game_hash(settings.task),
     }
 
 
 @cache
+def method_hash():
+    """Of the syntax trees of the method's files: comments and docstrings move no bit.
+
+    By one version of Python: another may build other trees.
+    """
+    found = hashlib.sha256()
+    for file in (file for pattern in METHOD for file in sorted(ROOT.glob(pattern))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            if documented and ast.get_docstring(node) is not None:
+                del node.body[0]
+        found.update(f"{file.name} {ast.dump(tree)}".encode())
+    return found.hexdigest()[:12]
+
+
+@cache
 def _game_hash(task):
     """Of the file that the game's class is in, as it was when it was first asked for.
 
-    Not of what that file imports.
+    Of its package, where it has one (ALFWorld); not of what else it imports.
     """
-    return _digest(inspect.getfile(find_game(task)))[:12]
+    file = Path(inspect.getfile(find_game(task)))
+    package = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").exists() else ()
+    found = hashlib.sha256("".join(map(_digest, package or [file])).encode())
+    return found.hexdigest()[:12]
 
 
 def plain(settings):

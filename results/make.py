@@ -334,12 +334,14 @@ def written(content):
 
 
 def pack(folder, command, wall_s=None):
-    """What is kept of a run: its command, settings, seconds, held-out games, metrics, answers."""
+    """What is kept of a run: command, settings, seconds, code, held-out games, metrics, answers."""
     run = {"command": command, "config": read(folder / "config.json")}
     if not wall_s:      # of one that was interrupted: its updates'
         times = lines(folder / "timing.jsonl")
         wall_s = round(sum(row["rollout_s"] + row["update_s"] for row in times))
     run |= {"wall_s": wall_s, "cores": 1}
+    for manifest in sorted(folder.glob("checkpoint-*/manifest.json"))[-1:]:
+        run["versions"] = read(manifest)["versions"]        # "method": a hash of its files
     for name in ("eval_start", "eval"):
         if (folder / f"{name}.json").exists():
             run[name] = read(folder / f"{name}.json")

@@ -601,6 +601,20 @@ def test_other_versions_and_threads_are_told_and_left_overs_go(stopped_run, tmp_
     assert (tmp_path / "run" / "curve.png").exists() and len(run_metrics(tmp_path / "run")) == 4
 
 
+def test_runs_of_one_method_share_a_hash(tmp_path, monkeypatch):
+    """Comments and docstrings move no bit; a number does."""
+    for path in ("ppo.py", "env.py", "games/game.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(manifest.ROOT / path, tmp_path / path)
+    monkeypatch.setattr(manifest, "ROOT", tmp_path)
+    ppo, before = tmp_path / "ppo.py", manifest.method_hash.__wrapped__()
+    code = ppo.read_text().replace('"""½ E[(V − R)²] of', '"""Half of the error of') + "\n# another comment\n"
+    for text, same in ((code, True), (code.replace("0.5 * ((values", "0.6 * ((values"), False)):
+        assert text != ppo.read_text()
+        ppo.write_text(text)
+        assert (manifest.method_hash.__wrapped__() == before) == same
+
+
 def test_a_folder_that_is_not_this_programs_is_left_alone(stopped_run, tmp_path):
     for names in (["checkpoint-000001/weights.bin"], ["checkpoint-best/x"], ["metrics.jsonl"], ["eval.json"],
                   ["eval_start.json"], ["sft/adapter_config.json"]):
