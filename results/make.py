@@ -31,7 +31,12 @@ PAPER = {
     "RL without CoT, 7B": (26.9, 29.9, 0.0, 40.4, 16.3),
     "CNN + RL": (87.1, 0.0, 0.0, 38.8, 0.0),
 }
-LAMBDAS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")
+LAMBDAS = ("0", "0.2", "0.5", "0.8", "1")
+UNDECIDED = ("numberline-undecided", "ezpoints-undecided", "numberline-undecided-long")
+# rows of the table of estimators: a name → a variant in runs/
+ESTIMATORS = {
+    "GAE": "", "RLOO": "rloo", "GRPO": "grpo",
+    "GAE, β 0.01": "kl-0.01", "GAE, β 0.03": "kl-0.03", "GAE, β 0.1": "kl-0.1"}
 # Student's t, 97.5 %, of n - 1 degrees of freedom
 T = {3: 4.303, 4: 3.182, 5: 2.776}
 # The main table: a row's name → a baseline in baselines.json, or else a variant in runs/.
@@ -69,9 +74,7 @@ HOUSES = {
     "the same without CoT": "start-no-cot",
     "**PPO**": "",
     "PPO without CoT": "no-cot",
-    "PPO, λ 0": "lambda-0",
     "PPO, λ 0.5": "lambda-0.5",
-    "λ 0.5, twice the steps": "twice",
 }
 
 
@@ -167,19 +170,80 @@ def seeds():
                      "read the picture, %", "played as the expert, %", "minutes"], rows)
 
 
-def lambdas():
-    """NumberLine with other λ: held-out success, and how it was learned (means over the seeds)."""
-    names = ("success, %", "updates that `target_kl` cut short",
-             "answers parsed in the worst rollout, %")
-    columns = []
+def steps_to(run, share=0.9):
+    """Environment steps until a rollout first wins such a share of its games; None: none does."""
+    won = (row["env_steps"] for row in run["metrics"] if (row["success"] or 0) >= share)
+    return next(won, None)
+
+
+def mean_steps(chosen):
+    """Of those runs that get there: "2,560", or "2,560 (2 of 3)"."""
+    found = [steps for run in chosen if (steps := steps_to(run))]
+    if not found:
+        return "–"
+    some = f" ({len(found)} of {len(chosen)})" if len(found) < len(chosen) else ""
+    return f"{statistics.fmean(found):,.0f}{some}"
+
+
+def over_runs(chosen, key, form, update=-1):
+    """A metric of the last rollout, or of another, mean over runs; of log-probabilities −log π."""
+    return format(statistics.fmean(abs(run["metrics"][update][key]) for run in chosen), form)
+
+
+def undecided(name):
+    """RL where the thoughts do not name the action, by λ: three seeds each.
+
+    Entropy of an answer's parts by what was sampled, E[−log π], in the last rollout; the KL is that
+    of whole answers in an update, λ = 1, summed over the run.
+    """
+    head = [f"{name}, λ", "success, %", "steps to 90 %", "read, %", "entropy of thoughts",
+            "of actions", "KL, summed", "updates cut short"]
+    rows = []
+    if start := baselines().get(f"{name}-start"):
+        read_right = f"{100 * start['reading_rate']:.1f}"
+        rows.append(["start", f"{100 * start['success']:.1f}", "–", read_right, *4 * ["–"]])
     for weight in LAMBDAS:
-        # 0.5 is the default
-        chosen = runs("numberline", "" if weight == "0.5" else f"lambda-{weight}")
-        cuts = [sum(row["minibatches"] < 16 for row in run["metrics"]) for run in chosen]
-        worst = [100 * min(row["parse_rate"] for row in run["metrics"]) for run in chosen]
-        means = [f"{statistics.fmean(values):.1f}" for values in (cuts, worst)]
-        columns.append([shown(finals(chosen)), *means])
-    return markdown(["numberline, λ", *LAMBDAS], zip(names, *columns))
+        if not (chosen := runs(name, f"lambda-{weight}")):
+            continue
+        kl = [sum(row["answer_kl"] for row in run["metrics"]) for run in chosen]
+        cut = [sum(row["minibatches"] < 16 for row in run["metrics"]) for run in chosen]
+        read_right = shown(finals(chosen, "reading_rate"))
+        rows.append([
+            weight, shown(finals(chosen)), mean_steps(chosen), read_right,
+            over_runs(chosen, "thought_logp", ".2f"), over_runs(chosen, "action_logp", ".2f"),
+            f"{statistics.fmean(kl):.2f}", f"{statistics.fmean(cut):.1f}"])
+    return markdown(head, rows)
+
+
+def estimators():
+    """Advantages by V, by a deal's other episodes, and thoughts held to the start, a row each."""
+    rows = []
+    for task in ("numberline", "ezpoints", "blackjack"):
+        if not runs(task, "rloo"):
+            continue
+        for text, variant in ESTIMATORS.items():
+            if chosen := runs(task, variant):
+                rows.append([
+                    f"{task}: {text}", shown(finals(chosen)), mean_steps(chosen),
+                    shown(finals(chosen, "parse_rate")), shown(finals(chosen, "reading_rate")),
+                    over_runs(chosen, "thought_logp", ".2f")])
+    return markdown(["advantages", "success, %", "steps to 90 %", "parsed, %", "read, %",
+                     "entropy of thoughts"], rows)
+
+
+def withheld():
+    """What RL without some deals comes to on those it saw and on the others, exactly."""
+    rows = []
+    for task in ("numberline", "ezpoints", "points24"):
+        before, chosen = baselines().get(f"{task}-withheld-start"), runs(task, "withheld")
+        if not before or not chosen:
+            continue
+        cells = []
+        for kind in ("seen", "withheld"):
+            after = [100 * run["eval"]["success_by_kind"][kind] for run in chosen]
+            cells.append(f"{100 * before['success_by_kind'][kind]:.1f} → {shown(after)}")
+        rows.append([task, *cells])
+    return markdown(["before → after RL, %", "deals that RL saw", "deals withheld from it"], rows)
 
 
 def behaviour(task, names, keys):
@@ -278,8 +342,11 @@ def own_words():
 
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
-    return [ours(), paper(), seeds(), lambdas(), decisions("blackjack"), plans(), households(),
-            smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
+    found = [ours(), paper(), seeds(), decisions("blackjack"), plans(), households(), estimators(),
+             withheld(), smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
+    found += [undecided(name) for name in UNDECIDED]
+    # a head and a line alone: its runs are still to be made
+    return [table for table in found if len(table.splitlines()) > 2]
 
 
 # ---- figures -------------------------------------------------------------------------------------

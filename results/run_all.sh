@@ -164,6 +164,10 @@ all_runs() {
             echo train $task-no-cot-seed$seed ${games[$task]} --model pocket --task $task --no-cot --seed $seed
         done
     done
+    # λ = 0, where the thoughts name the action
+    for seed in 1 2 3; do
+        echo train numberline-lambda-0-seed$seed ${games[numberline]} --model pocket --task numberline --cot-lambda 0 --seed $seed
+    done
     # Points24 at the paper's temperature, and with self-imitation
     for seed in 1 2 3; do
         echo train points24-temperature-0.2-seed$seed ${games[points24]} --model pocket --task points24 --temperature 0.2 --seed $seed
@@ -203,10 +207,11 @@ all_runs() {
         echo best blackjack-best-seed$seed ${games[blackjack]} 1000 --seed $seed --lr 5e-5
         echo best points24-best-seed$seed ${games[points24]} 3000 --seed $seed
     done
-    # frozen vision features and an MLP over the actions
+    # frozen vision features and an MLP over the actions, which plays by seeds alone
+    declare -A seeds=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000)
     for seed in 1 2 3; do
         for task in $cards; do
-            echo features $task-features-seed$seed 1000 --task $task --seed $seed
+            echo features $task-features-seed$seed ${seeds[$task]} --task $task --seed $seed
         done
     done
     # ALFWorld, where its engine is installed (extras/requirements-alfworld.txt)
@@ -218,6 +223,7 @@ all_runs() {
         echo evaluate alfworld-start-no-cot ${games[alfworld]} --task alfworld --model pocket --no-cot
         for seed in 1 2 3; do
             echo train alfworld-seed$seed ${games[alfworld]} --model pocket --task alfworld --seed $seed
+            echo train alfworld-no-cot-seed$seed ${games[alfworld]} --model pocket --task alfworld --no-cot --seed $seed
             echo train alfworld-lambda-0.5-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda 0.5 --seed $seed
         done
     fi
