@@ -283,6 +283,36 @@ def test_commands_stay_whole_in_prompt_and_parse(alfworld):
     assert info["scene"] not in parse.make_prompt(silent, info) and {"look", "help", "inventory"} <= {*info["commands"]}
 
 
+def test_a_list_that_does_not_tell(alfworld):
+    """It is the same whatever lies here, the hand is "it", and the demonstrator wins as before, by the same commands."""
+    for seed in range(8):
+        told, untold = (env.make_game("alfworld", list_tells=tells, scene_text=False) for tells in (True, False))
+        infos = [game.reset(seed=seed)[1] for game in (told, untold)]
+        while not told.over:
+            assert infos[0] == infos[1]
+            listed = untold.legal_actions()
+            held = infos[1]["holding"]
+            if held:
+                assert not any(held in command for command in listed)
+                assert [c.replace(held, "it") for c in told.legal_actions() if "take" not in c] == [*listed]
+            else:
+                kept = [c for c in listed if not c.startswith("take ")]
+                assert kept == [c for c in told.legal_actions() if not c.startswith("take ")]
+                assert len(listed) - len(kept) == 4 * len(infos[1]["contents"])         # of each of the four things
+            for thing in [c for c in listed if c.startswith("take ") and c not in told.legal_actions()][:1]:
+                twin = env.make_game("alfworld", list_tells=False, scene_text=False)
+                twin.set_state(json.loads(json.dumps(untold.get_state())))
+                _, _, _, _, after = twin.step(listed.index(thing))                      # in vain
+                assert {**after, "is_success": 0} == {**infos[1], "is_success": 0}
+                twin.set_state(json.loads(json.dumps(twin.get_state())))
+            [best], [worded] = told.best_actions(infos[0]), untold.best_actions(infos[1])
+            steps = [game.step(game.legal_actions().index(action))
+                     for game, action in ((told, best), (untold, worded))]
+            assert steps[0][1:4] == steps[1][1:4]
+            infos = [step[4] for step in steps]
+        assert told.is_success() and untold.is_success()
+
+
 def test_an_answer_that_names_no_command_costs_one_and_plays_at_random(alfworld, shipped):
     agent = Policy(copy.deepcopy(shipped[0]), shipped[1], rank=2)        # knows nothing of households
     options = Settings(task="alfworld", num_steps=3, num_envs=2, max_new_tokens=3, play_batch_size=2,

@@ -37,13 +37,24 @@ EMPTY = ("help", "look", "inventory", "examine ")
 _spare = []
 
 
+def _untold(command, held):
+    """A command without the name of what is held.
+
+    >>> _untold("move mug 1 to shelf 2", held="mug 1")
+    'move it to shelf 2'
+    """
+    return command.replace(f" {held} ", " it ", 1) if held else command
+
+
 class ALFWorld(Game):
     """A household task in text commands, at most 50 of them.
 
     split: "train" or "held out" (games/alfworld/houses.py). houses: "small", dealt, of so many
     receptacles (above 8 hard to read) and objects, or "data", $ALFWORLD_DATA's.
-    scene_text: whether the prompt has the engine's words beside the picture. all_commands: whether
-    commands that change nothing are legal too.
+    scene_text: whether the prompt has the engine's words beside the picture. list_tells: whether
+    the list of commands, which is in the prompt too, gives away what is held and what lies here; if
+    not, the thing in the hand is "it", and all that the house has may be taken anywhere, in vain
+    where it does not lie. all_commands: whether commands that change nothing are legal too.
 
     Reward: 50 when the task is done, plus at every step the share of its goal conditions that hold
     (alfworld.env.tasks has them); −1 where an answer names no command (rollout.py adds that to what
@@ -79,12 +90,13 @@ class ALFWorld(Game):
 
     def __init__(
         self, split="train", houses="small", receptacles=5, objects=4, scene_text=True,
-        all_commands=False, render_mode=None):
+        list_tells=True, all_commands=False, render_mode=None):
         self.split = split
         self.houses = houses
         self.receptacles = receptacles
         self.objects = objects
         self.scene_text = scene_text
+        self.list_tells = list_tells
         self.all_commands = all_commands
         if houses not in ("small", "data") or split not in SPLITS:
             raise HouseError(
@@ -100,15 +112,33 @@ class ALFWorld(Game):
         super().__init__(render_mode)
 
     def legal_actions(self):
-        commands = self.engine.commands
-        if self.all_commands:
-            return commands
-        return tuple(command for command in commands if not command.startswith(EMPTY))
+        return tuple(self._listed())
+
+    def _commands(self):
+        return [
+            command for command in self.engine.commands
+            if self.all_commands or not command.startswith(EMPTY)]
+
+    def _listed(self):
+        """{command as it is listed: as the engine takes it, None where it would be in vain}."""
+        commands = self._commands()
+        if self.list_tells:
+            return {command: command for command in commands}
+        listed = {
+            _untold(command, self._held()): command for command in commands
+            if not command.startswith("take ")}
+        if not self._held():
+            things = sorted(thing for thing, _ in self.engine.facts["inreceptacle"])
+            takes = (f"take {thing} from {place}"
+                     for place in self._contents() for thing in things)
+            listed |= {take: take if take in commands else None for take in takes}
+        return listed
 
     def best_actions(self, info):
         """The demonstrator's next command alone, which goes by its memory; others may be as
         good."""
-        return [expert.next_step(info)[1]]
+        command = expert.next_step(info)[1]
+        return [command if self.list_tells else _untold(command, info["holding"])]
 
     def state_text(self, info):
         text = f"Your task is to: {info['task']}"
@@ -159,6 +189,9 @@ class ALFWorld(Game):
 
         It learns where it is, and what lies open there.
         """
+        command = self._listed()[command]
+        if command is None:
+            return
         self.engine.step(command)
         if command.startswith("go to "):
             self.at = command.removeprefix("go to ")
@@ -242,6 +275,9 @@ class ALFWorld(Game):
         [(_, place)] = facts["atlocation"]
         return sorted(name for name, where in facts["receptacleatlocation"] if where == place)
 
+    def _held(self):
+        return next((name for _, name in self.engine.facts.get("holds", ())), None)
+
     def _contents(self):
         """{receptacle: names of what lies there} for those near that one can see into."""
         facts = self.engine.facts
@@ -256,7 +292,7 @@ class ALFWorld(Game):
     def info(self):
         facts, house = self.engine.facts, self.house
         contents, near = self._contents(), self._near()
-        held = next((name for _, name in facts.get("holds", ())), None)
+        held = self._held()
         badges = [badge for badge in BADGES.values() if (held,) in facts.get(f"is{badge}", ())]
         # without welcome and task
         scene = self.engine.said.split("=-\n\n")[-1].split("\n\nYour task")[0]
@@ -280,7 +316,8 @@ class ALFWorld(Game):
             "receptacles": sorted(name for name, _ in facts["receptacleatlocation"]),
             "goal": goal,
             "seen": self.seen,
-            "commands": list(self.legal_actions()),
+            # the engine's, which its experts go by
+            "commands": self._commands(),
         }
 
     def draw(self):
