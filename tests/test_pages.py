@@ -29,7 +29,7 @@ from tests.common import pocket_settings
 
 HERE = Path(__file__).parent.parent
 PAGES = ("README.md", "DIFFERENCES.md", "results/README.md", "results/LOG.md", "extras/README.md", "lab/README.md",
-         "YOUR_OWN_GAME.md", "results/SMOL.md")
+         "YOUR_OWN_GAME.md", "results/SMOL.md", "results/LAMBDA.md", "results/ESTIMATORS.md")
 
 
 def script_of(file):
