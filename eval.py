@@ -62,9 +62,8 @@ def evaluate(player, task: str, episodes: int | str, seed: int, num_envs=64, cot
 
     num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is
     None); watch(picture, choice, episode) is called at every step, and at an episode's last picture
-    with the choice None; game_options: of the game's constructor. With "all" the means of games
-    have the deals' weights; rates of decisions count each decision once. Meanings:
-    results/README.md.
+    with the choice None; game_options: of the game's constructor. With "all" the
+    deals have their weights. Meanings: results/README.md.
     """
     game = held_out_game(task, game_options)        # whichever: it knows what is good play
     deals = choose_deals(game, episodes, seed, draws)
@@ -123,11 +122,26 @@ def evaluate(player, task: str, episodes: int | str, seed: int, num_envs=64, cot
             for kind in np.unique(kinds) if kind}
     if chance_plays(decisions):     # its games look like a weak model's
         result["played_by"] = "chance: no answer was usable"
+    if episodes == "all":
+        decisions = by_weight(decisions, weights)
     return result | decision_statistics(game, decisions, cot)
 
 
 def mean(values, weights):
     return float(np.average(values, weights=weights))
+
+
+def by_weight(decisions, weights):
+    """The decisions of as many episodes, each as often as its weight has it (systematic sampling).
+
+    So that rates of decisions are of the same deals as the means of games.
+    """
+    own = [[] for _ in weights]
+    for decision in decisions:
+        own[decision.episode].append(decision)
+    places = (np.arange(len(weights)) + 0.5) / len(weights)
+    drawn = np.searchsorted(np.cumsum(weights / weights.sum()), places)
+    return [decision for episode in drawn for decision in own[episode]]
 
 
 def chance_plays(decisions):

@@ -31,8 +31,8 @@ from plumbing.errors import UNREADABLE, ModelError, as_model_error, lines_of
 ROOT = Path(__file__).parent.parent
 METHOD = (
     "env.py", "parse.py", "policy.py", "lora.py", "decode.py", "families.py", "ppo.py",
-    "rollout.py", "train.py", "eval.py", "players.py", "sft.py", "imitation.py", "groups.py",
-    "parallel.py", "games/*.py", "plumbing/adapters.py", "plumbing/loading.py")
+    "rollout.py", "train.py", "sft.py", "imitation.py", "groups.py", "parallel.py", "games/*.py",
+    "plumbing/adapters.py", "plumbing/loading.py")
 # what is read of a model's folder, or of adapters', beside the weights
 READ = (
     "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json",

@@ -254,3 +254,13 @@ def test_blackjack_is_told_beside_players_on_the_same_deals(capsys):
     for name, success in result["same_deals"].items():
         alone = evaluation.evaluate(players.scripted_player(name, "blackjack", 0), "blackjack", 64, 10_000)
         assert alone["success"] == success
+
+
+def test_rates_of_decisions_have_the_deals_weights_too():
+    """Of deals with shares ½, ¼, ¼, two draws each: as often as they come. Alike in weight, all are taken once."""
+    decisions = [SimpleNamespace(episode=episode, step=step) for step in range(2) for episode in range(8)]
+    weighted = evaluation.by_weight(decisions, np.array([0.5, 0.25, 0.25, 0] * 2))
+    assert Counter(one.episode % 4 for one in weighted) == {0: 8, 1: 4, 2: 4}
+    assert len({id(one) for one in weighted if one.episode % 4 == 1}) == 4          # both draws, both steps
+    alike = evaluation.by_weight(decisions, np.full(8, 1 / 304))
+    assert Counter(map(id, alike)) == Counter(map(id, decisions))

@@ -405,6 +405,8 @@ def test_each_result_belongs_to_its_command(make):
         games = {"blackjack": 10_000, "alfworld": 500, "frozenlake-dry": 200, "frozenlake-slippery": 300}
         kind = file.stem.partition("-seed")[0]
         games |= {"smol-blackjack": 1000, "smol-blackjack-no-cot": 1000}
+        if end.get("draws_of_every_deal"):
+            games |= {"numberline": 30 * 40, "ezpoints": 304 * 4, "points24": 715 * 2}
         assert end["episodes"] == games.get(kind, 200 if kind.startswith("smol-") else games.get(config["task"], 1000)), name
         game = find_game(config["task"]).__name__.lower()
         assert file.stem.removeprefix("smol-").startswith(game) and file.stem.endswith(f"-seed{config['seed']}")
@@ -453,6 +455,13 @@ def test_run_all_makes_the_runs_that_are_stored(make):
                 key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}, name
             assert played(stored[name]["eval"], games), name
     assert seen == set(stored)
+
+
+def test_the_main_tables_runs_are_of_one_code(make):
+    """Plain PPO on the four games, five seeds: one hash of the method's files, whose value the log gives."""
+    runs = [run for task in make.TASKS for run in make.runs(task)]
+    [method] = {run["versions"]["method"] for run in runs}
+    assert len(runs) == 20 and f"method {method}" in read("results/LOG.md")
 
 
 def played(result, games):
