@@ -87,7 +87,7 @@ own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md,
 
 undecided() {   # undecided TASK-undecided[-long]-… GAMES CLASS ARGUMENTS…: RL from thoughts that do not name the action
     local name=$1 games=$2 class=$3 start="runs/${1%%-lambda*}" noise=1; shift 3
-    local lab="--task lab/undecided.py:$class" long=""
+    local lab="--task examples/undecided.py:$class" long=""
     [[ $name == ezpoints-* ]] && noise=0.8
     [[ $name == *-long-* ]] && long="--game long=true"
     [ -f "results/runs/$name.json" ] && return
@@ -189,11 +189,11 @@ all_runs() {
     # some deals withheld from RL
     for seed in 1 2 3; do
         for task in numberline ezpoints points24; do
-            echo train $task-withheld-seed$seed ${games[$task]} --model pocket --task lab/withheld.py:${class[$task]} --seed $seed
+            echo train $task-withheld-seed$seed ${games[$task]} --model pocket --task examples/withheld.py:${class[$task]} --seed $seed
         done
     done
     for task in numberline ezpoints points24; do
-        echo evaluate $task-withheld-start ${games[$task]} --task lab/withheld.py:${class[$task]} --model pocket --temperature 0.5
+        echo evaluate $task-withheld-start ${games[$task]} --task examples/withheld.py:${class[$task]} --model pocket --temperature 0.5
     done
     # λ, where the action's tokens are not certain (results/LAMBDA.md)
     for seed in 1 2 3; do

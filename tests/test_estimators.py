@@ -175,7 +175,7 @@ def test_what_does_not_go_together_is_said(flags, message, tmp_path):
 
 def test_withheld_deals_never_come_in_training_and_all_do_in_evaluation():
     for name, deals, withheld in (("NumberLine", 30, 5), ("EZPoints", 304, 64)):
-        task = f"lab/withheld.py:{name}"
+        task = f"examples/withheld.py:{name}"
         game, held_out = make_game(task), make_game(task, withhold=False)
         dealt = {game.kind for seed in range(300) if game.reset(seed=seed)}
         assert dealt == {"seen"} and {held_out.kind for seed in range(300) if held_out.reset(seed=seed)} == {
@@ -184,7 +184,7 @@ def test_withheld_deals_never_come_in_training_and_all_do_in_evaluation():
         assert len(kinds) == deals and kinds.count("withheld") == withheld
         state = json.loads(json.dumps(held_out.get_state()))
         make_game(task).set_state(state)
-    game = make_game("lab/withheld.py:NumberLine")
+    game = make_game("examples/withheld.py:NumberLine")
     # nor on the way: a state's target is its deal's
     for _, deal in game.all_deals():
         if deal["kind"] == "seen":

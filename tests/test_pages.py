@@ -376,19 +376,13 @@ PARSERS = {
     for name in ("pocket", "bench", "torture", "rehearsal")}
 
 
-def name_at_its_time(name):
-    """What a run of Points24 was called when another recipe was the game's default (results/LOG.md)."""
-    return re.sub(r"^points24-seed", "points24-plain-seed", name)
-
-
 def test_each_result_belongs_to_its_command(make):
     """A run's settings, held-out games and name are what its command says: all steps, held-out deals."""
     files = sorted((HERE / "results" / "runs").glob("*.json"))
     assert len(files) >= 80 and make.runs("alfworld")       # none is hidden from git
     for file in files:
-        run, name = json.loads(file.read_text()), name_at_its_time(file.stem)
+        run, name = json.loads(file.read_text()), file.stem
         command = run["command"].replace("-m extras.features", "-m lab.features")
-        command = re.sub(r" --negative-weight 1(?= )| --temperature-end 0.5(?= )", "", command)     # gone; these: no effect
         script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", command).groups()
         given = vars(PARSERS[script]().parse_args(shlex.split(words)))
         config, end = run["config"], run["eval"]
@@ -445,7 +439,7 @@ def test_run_all_makes_the_runs_that_are_stored(make):
             words = ["--task", name.partition("-")[0], *words[1:]]
         elif kind == "undecided":
             long = ["--game", "long=true"] if "-long-" in name else []
-            words = ["--task", f"lab/undecided.py:{words[0]}", *long, *words[1:]]
+            words = ["--task", f"examples/undecided.py:{words[0]}", *long, *words[1:]]
         given = vars(PARSERS["-m lab.features" if kind == "features" else "train.py"]().parse_args(words))
         given.pop("model", None)
         if name in stored:

@@ -1,8 +1,8 @@
 """Games whose thoughts do not say what is chosen: there λ has something to weigh.
 
-    python sft.py --task lab/undecided.py:NumberLine --model pocket --full --bits 32 \
+    python sft.py --task examples/undecided.py:NumberLine --model pocket --full --bits 32 \
         --label-noise 1 --steps 300 --lr 5e-4 --out runs/undecided
-    python train.py --task lab/undecided.py:NumberLine --model runs/undecided --cot-lambda 0.2
+    python train.py --task examples/undecided.py:NumberLine --model runs/undecided --cot-lambda 0.2
 
 With the pocket model's own lessons the thoughts end in "I choose +.", the action's tokens are a
 copy of probability 1, and λ scales all that is learned. Here the thoughts read the picture and

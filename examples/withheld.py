@@ -1,7 +1,7 @@
 """Games of which some deals never come in training: does what RL teaches carry over to them?
 
-    python train.py --task lab/withheld.py:NumberLine --out runs/withheld --eval-episodes 0
-    python eval.py --task lab/withheld.py:NumberLine --run runs/withheld --episodes all --draws 40
+    python train.py --task examples/withheld.py:NumberLine --out runs/withheld --eval-episodes 0
+    python eval.py --task examples/withheld.py:NumberLine --run runs/withheld --episodes all
 
 Held-out games have all deals; success_by_kind tells the seen from the withheld. Withheld are one of
 NumberLine's six targets with its five deals (of a pair alone the way from another deal would show
