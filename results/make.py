@@ -231,6 +231,16 @@ def estimators():
                      "entropy of thoughts"], rows)
 
 
+def looks():
+    """NumberLine's runs shown their pictures, black ones, and another deal's."""
+    seen = [finals(runs("numberline"))]
+    for shown_instead in ("black", "another"):
+        names = (f"{run['name']}-{shown_instead}" for run in runs("numberline"))
+        seen.append([100 * baselines()[name]["success"] for name in names])
+    return markdown(["numberline: PPO sees", "the picture", "a black one", "another deal's"],
+                    [["success, %", *map(shown, seen)]])
+
+
 def withheld():
     """What RL without some deals comes to on those it saw and on the others, exactly."""
     rows = []
@@ -342,8 +352,9 @@ def own_words():
 
 def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
-    found = [ours(), paper(), seeds(), decisions("blackjack"), plans(), households(), estimators(),
-             withheld(), smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
+    found = [
+        ours(), paper(), seeds(), looks(), decisions("blackjack"), plans(), households(),
+        estimators(), withheld(), smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
     found += [undecided(name) for name in UNDECIDED]
     # a head and a line alone: its runs are still to be made
     return [table for table in found if len(table.splitlines()) > 2]

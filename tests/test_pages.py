@@ -265,6 +265,9 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
         ("ezpoints", "before-weakening"), ("points24", "before-weakening"))}
     for key, share in shares.items():
         assert re.search(rf"(?<![\d.,]){share:.1f} %", prose), key
+    blind = [f"{np.mean([make.baseline('numberline', f'seed{seed}-{seen}') for seed in range(1, 6)]):.1f} %"
+             for seen in ("black", "another")]
+    assert f"black pictures it wins {blind[0]} of NumberLine, as a constant move does, shown another deal's {blind[1]}" in prose
     assert f"wins {make.baseline('alfworld', 'start'):.0f} % before RL and " \
            f"{make.shown(make.finals(make.runs('alfworld')))} % after it" in prose
 
@@ -383,6 +386,7 @@ def test_each_result_belongs_to_its_command(make):
     for file in files:
         run, name = json.loads(file.read_text()), file.stem
         command = run["command"].replace("-m extras.features", "-m lab.features")
+        command = re.sub(r" --negative-weight 1(?= )| --temperature-end 0.5(?= )", "", command)     # gone; these: no effect
         script, words = re.match(r"OMP_NUM_THREADS=1 python (\S+\.py|-m \S+) (.*)", command).groups()
         given = vars(PARSERS[script]().parse_args(shlex.split(words)))
         config, end = run["config"], run["eval"]
