@@ -10,10 +10,9 @@
 
 Episode k is dealt by seed + k, the same for every policy; training deals come from other seeds.
 `--episodes all` plays every deal there is, with its own weight. The last line printed is one JSON
-object. An average misleads: always standing wins 38 % at Blackjack,
-so look first at `reading_rate`, `expert_agreement` (games/statistics.py), `plan_rate` and
-`hit_rate_by_total` (games/expert.py). Does not handle: who plays (players.py), letting a policy
-answer (rollout.py).
+object. An average misleads: always standing wins 38 % at Blackjack, so look first at
+`reading_rate`, `expert_agreement` (games/statistics.py), `plan_rate` and `hit_rate_by_total`
+(games/expert.py). Does not handle: who plays (players.py), letting a policy answer (rollout.py).
 """
 
 import argparse
@@ -62,8 +61,8 @@ def evaluate(player, task: str, episodes: int | str, seed: int, num_envs=64, cot
 
     num_envs games run side by side; cot=False: there are no thoughts to check (reading_rate is
     None); watch(picture, choice, episode) is called at every step, and at an episode's last picture
-    with the choice None; game_options: of the game's constructor. With "all" the
-    deals have their weights. Meanings: results/README.md.
+    with the choice None; game_options: of the game's constructor. With "all" the deals have their
+    weights. Meanings: results/README.md.
     """
     game = held_out_game(task, game_options)        # whichever: it knows what is good play
     deals = choose_deals(game, episodes, seed, draws)
