@@ -38,7 +38,7 @@ from players import (
     shown_otherwise,
 )
 from plumbing.errors import ModelError, as_model_error, in_words, printable, say
-from plumbing.flags import SIZES_HELP, add_flags
+from plumbing.flags import SIZES_HELP, add_flags, count_or_all
 from plumbing.settings import Settings, flag, resolve
 
 HANDFUL = 8         # answers, none of them usable: rather a broken set-up than a weak model
@@ -191,10 +191,6 @@ def make_parser():
     settings = parser.add_argument_group("settings", "a run brings its own; bits, cot: for --model")
     add_flags(settings, Settings, PLAY_SETTINGS)
     return parser
-
-
-def count_or_all(text):
-    return text if text == "all" else int(text)
 
 
 def find_policy(options, given, task):

@@ -74,6 +74,11 @@ def _parts(text):
     return tuple(sorted(set(text.split(",")), key=lambda part: [*PARTS, part].index(part)))
 
 
+def count_or_all(text):
+    """A flag's value that is a number, or "all"."""
+    return text if text == "all" else int(text)
+
+
 def _help(entry):
     """A flag's help: its meaning, all its defaults, and the paper's value where ours is another."""
     told = []
