@@ -1,15 +1,12 @@
 """Draws the figures and prints the tables of the pages, from the JSON files of this folder.
 
-    python results/make.py                                  # curves.png, smol.png; the tables
-    python results/make.py pack RUN_FOLDER COMMAND --wall-s N   # → runs/NAME.json
-    python results/make.py keep NAME EVALUATION.json            # one more line of baselines.json
+    python results/make.py                  # curves.png, lambda.png, smol.png; the tables
 
 A run is `runs/[smol-]TASK[-VARIANT]-seedN.json`. "a ± b" is the mean over seeds and half of its
 95 % interval (Student's t). Imports nothing of the project. Does not handle: making the runs
-(run_all.sh).
+(run_all.sh), keeping their files (keep.py).
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -185,9 +182,17 @@ def mean_steps(chosen):
     return f"{statistics.fmean(found):,.0f}{some}"
 
 
-def over_runs(chosen, key, form, update=-1):
-    """A metric of the last rollout, or of another, mean over runs; of log-probabilities −log π."""
-    return format(statistics.fmean(abs(run["metrics"][update][key]) for run in chosen), form)
+def each(chosen, key):
+    """Of each run: success of held-out games, the summed KL, or −log π in the last rollout."""
+    if key == "success":
+        return finals(chosen)
+    if key == "answer_kl":
+        return [sum(row[key] for row in run["metrics"]) for run in chosen]
+    return [-run["metrics"][-1][key] for run in chosen]
+
+
+def over_runs(chosen, key):
+    return f"{statistics.fmean(each(chosen, key)):.2f}"
 
 
 def undecided(name):
@@ -205,13 +210,12 @@ def undecided(name):
     for weight in LAMBDAS:
         if not (chosen := runs(name, f"lambda-{weight}")):
             continue
-        kl = [sum(row["answer_kl"] for row in run["metrics"]) for run in chosen]
         cut = [sum(row["minibatches"] < 16 for row in run["metrics"]) for run in chosen]
         read_right = shown(finals(chosen, "reading_rate"))
         rows.append([
             weight, shown(finals(chosen)), mean_steps(chosen), read_right,
-            over_runs(chosen, "thought_logp", ".2f"), over_runs(chosen, "action_logp", ".2f"),
-            f"{statistics.fmean(kl):.2f}", f"{statistics.fmean(cut):.1f}"])
+            *(over_runs(chosen, key) for key in ("thought_logp", "action_logp", "answer_kl")),
+            f"{statistics.fmean(cut):.1f}"])
     return markdown(head, rows)
 
 
@@ -226,7 +230,7 @@ def estimators():
                 rows.append([
                     f"{task}: {text}", shown(finals(chosen)), mean_steps(chosen),
                     shown(finals(chosen, "parse_rate")), shown(finals(chosen, "reading_rate")),
-                    over_runs(chosen, "thought_logp", ".2f")])
+                    over_runs(chosen, "thought_logp")])
     return markdown(["advantages", "success, %", "steps to 90 %", "parsed, %", "read, %",
                      "entropy of thoughts"], rows)
 
@@ -394,66 +398,44 @@ def draw_curves(file, prefix=""):
     pyplot.close(figure)
 
 
-# ---- writing -------------------------------------------------------------------------------------
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def draw_lambda(file):
+    """A column a start of `undecided`, over λ: success, entropies of the last rollout, summed KL.
+
+    Dots are seeds, lines their means. Gray: where the paper has NumberLine learn, 0.2 to 0.5, and
+    where it did not leave its start, 0.1 and less, 0.7 and more.
+    """
+    names = [name for name in UNDECIDED if runs(name, "lambda-0")]
+    figure, grid = pyplot.subplots(
+        3, len(names), figsize=(3.8 * len(names), 7.5), sharex=True, squeeze=False)
+    kinds = (("success", "success, %"), ("thought_logp", "thoughts"), ("action_logp", "action"),
+             ("answer_kl", "KL to the rollout's policy, summed"))
+    for column, name in zip(grid.T, names):
+        column[0].set(title=name.replace("-undecided", ""), ylim=(-2, 104))
+        column[0].axvspan(0.2, 0.5, color="gray", alpha=0.15, linewidth=0)
+        for (key, label), axes in zip(kinds, column[[0, 1, 1, 2]]):
+            found = [each(runs(name, f"lambda-{weight}"), key) for weight in LAMBDAS]
+            [line] = axes.plot([float(x) for x in LAMBDAS], [*map(statistics.fmean, found)],
+                               label=label)
+            for weight, values in zip(LAMBDAS, found):
+                axes.plot([float(weight)] * len(values), values, "o", color=line.get_color(),
+                          markersize=4)
+        column[2].set_xlabel("λ")
+    grid[0, 0].set_ylabel("success, %")
+    grid[1, 0].set_ylabel("entropy, nats an answer")
+    grid[2, 0].set_ylabel("KL of whole answers, nats")
+    grid[1, 0].legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / file, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
 
 
-def written(content):
-    """JSON whose differences can be read: a line a key, of metrics and transcripts a line a row."""
-    parts = []
-    for key, value in content.items():
-        text = json.dumps(value, ensure_ascii=False)
-        if key in ("metrics", "transcripts"):
-            rows = [json.dumps(row, ensure_ascii=False) for row in value]
-            text = "[\n" + ",\n".join(rows) + "\n]"
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def pack(folder, command, wall_s=None):
-    """What is kept of a run: command, settings, seconds, code, held-out games, metrics, answers."""
-    run = {"command": command, "config": read(folder / "config.json")}
-    if not wall_s:      # of one that was interrupted: its updates'
-        times = lines(folder / "timing.jsonl")
-        wall_s = round(sum(row["rollout_s"] + row["update_s"] for row in times))
-    run |= {"wall_s": wall_s, "cores": 1}
-    for manifest in sorted(folder.glob("checkpoint-*/manifest.json"))[-1:]:
-        run["versions"] = read(manifest)["versions"]        # "method": a hash of its files
-    for name in ("eval_start", "eval"):
-        if (folder / f"{name}.json").exists():
-            run[name] = read(folder / f"{name}.json")
-    run["metrics"] = lines(folder / "metrics.jsonl")
-    keys = ("update", "text", "action", "named", "reward")
-    run["transcripts"] = [{key: row[key] for key in keys}
-                          for row in lines(folder / "transcripts.jsonl")]
-    return run
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", choices=("draw", "pack", "keep"), default="draw")
-    parser.add_argument("first", nargs="?", help="pack: the run folder; keep: the baseline's name")
-    parser.add_argument("second", nargs="?", help="pack: its command; keep: the file of eval.py")
-    parser.add_argument("--wall-s", type=int, help="pack: seconds that the run took, on one core")
-    return parser
-
-
-def main(arguments=None):
-    options = make_parser().parse_args(arguments)
-    if options.job == "pack":
-        folder = Path(options.first)
-        run = pack(folder, options.second, options.wall_s)
-        (RESULTS / "runs" / f"{folder.name}.json").write_text(written(run))
-    elif options.job == "keep":
-        known = baselines() | {options.first: read(Path(options.second))}
-        (RESULTS / "baselines.json").write_text(written(dict(sorted(known.items()))))
-    else:
-        draw_curves("curves.png")
-        if runs("smol-numberline"):
-            draw_curves("smol.png", "smol-")
-        print(*tables(), sep="\n\n")
+def main():
+    draw_curves("curves.png")
+    if runs("numberline-undecided", "lambda-0"):
+        draw_lambda("lambda.png")
+    if runs("smol-numberline"):
+        draw_curves("smol.png", "smol-")
+    print(*tables(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ run() {   # run NAME COMMAND EVALUATION…: run or resume it, play the held-out 
     # from the command's start to its end; not of a run that was interrupted
     [ -n "$resume" ] || seconds=(--wall-s $((SECONDS - begun)))
     "$@" >> "$folder/log.txt" 2>&1 || { echo "$name failed: $folder/log.txt"; return 1; }
-    python results/make.py pack "$folder" "OMP_NUM_THREADS=1 $command" "${seconds[@]}"
+    python results/keep.py run "$folder" "OMP_NUM_THREADS=1 $command" "${seconds[@]}"
     echo "$name done"
 }
 
@@ -47,7 +47,7 @@ evaluate() {   # evaluate NAME GAMES ARGUMENTS…: held-out games of what RL did
     mkdir -p runs
     python eval.py "$@" $(games "$games") --out "runs/$name.json" > "runs/$name.log" 2>&1 ||
         { echo "$name failed: runs/$name.log"; return 1; }
-    flock runs/baselines.lock python results/make.py keep "$name" "runs/$name.json"
+    flock runs/baselines.lock python results/keep.py player "$name" "runs/$name.json"
     echo "$name done"
 }
 

@@ -74,15 +74,14 @@ def test_the_baseline_without_a_language_model(tmp_path, capsys, monkeypatch):
     assert "unrecognized arguments: --rank" in capsys.readouterr().err
 
 
-def test_what_is_killed_or_damaged_is_as_the_run_left_alone_or_refused():
-    """A share of lab/torture.py, in a process of its own because it forks: each row's tries all held. (Flipped bits
-    are tests/test_runs.py's DAMAGES.)"""
-    found = subprocess.run([sys.executable, "-m", "lab.torture", "--every", "100", "--kills", "1", "--flips", "0",
-                            "--answers", "2000"], cwd=HERE, capture_output=True, text=True)
+def test_what_is_killed_or_has_a_full_disk_ends_as_the_run_left_alone():
+    """A share of lab/torture.py, in a process of its own because it forks: each row's tries all held."""
+    found = subprocess.run([sys.executable, "-m", "lab.torture", "--every", "100", "--kills", "1"], cwd=HERE,
+                           capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     rows = json.loads(found.stdout.splitlines()[-1])["tried_held"]
-    assert len(rows) == 7 and all(tried == held for tried, held in rows.values())
-    assert sum(tried > 0 for tried, _ in rows.values()) >= 3            # a random moment may come too late
+    assert len(rows) == 4 and all(tried == held for tried, held in rows.values())
+    assert sum(tried > 0 for tried, _ in rows.values()) >= 2            # a random moment may come too late
 
 
 def test_the_pocket_for_households_learns_from_the_demonstrators_play():

@@ -371,9 +371,9 @@ PARSERS = {
     "train.py": lambda: flags.make_parser(Settings),
     "sft.py": lambda: flags.make_parser(sft.SFTSettings),
     "eval.py": evaluation.make_parser,
-    "results/make.py": lambda: script_of("results/make.py").make_parser(),
+    "results/keep.py": lambda: script_of("results/keep.py").make_parser(),
     "-m lab.features": lambda: flags.make_parser(importlib.import_module("lab.features").FeatureSettings),
-    "-m lab.shapes": argparse.ArgumentParser} | {       # which takes nothing
+    "-m lab.shapes": argparse.ArgumentParser, "results/make.py": argparse.ArgumentParser} | {      # which take nothing
     f"-m lab.{name}": lambda: importlib.import_module("lab.pocket").bare_parser("") for name in ("pocket_alfworld", "smol")} | {
     f"-m lab.{name}": lambda name=name: importlib.import_module(f"lab.{name}").make_parser()
     for name in ("pocket", "bench", "torture", "rehearsal")}
@@ -398,8 +398,12 @@ def test_each_result_belongs_to_its_command(make):
         if "game" in given:
             given["game"] = [*given["game"]]                # as JSON has it
         assert {key: config[key] for key in given} == given and config["total_timesteps"] == steps, name
-        assert len(run["metrics"]) == len(run["transcripts"]) == steps // (
-            config["num_envs"] * config["num_steps"]) and end["seed"] == 10_000, name
+        updates, rollout = len(run["metrics"]), config["num_envs"] * config["num_steps"]
+        assert updates == len(run["transcripts"]) and end["seed"] == 10_000, name
+        if config.get("advantage", "gae") == "gae":
+            assert updates == steps // rollout, name
+        else:                                               # episodes are played to their ends: a rollout has more
+            assert updates <= steps // rollout and steps - 2 * rollout < run["metrics"][-1]["env_steps"] < steps + 640
         games = {"blackjack": 10_000, "alfworld": 500, "frozenlake-dry": 200, "frozenlake-slippery": 300}
         kind = file.stem.partition("-seed")[0]
         games |= {"smol-blackjack": 1000, "smol-blackjack-no-cot": 1000}
