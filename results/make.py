@@ -29,7 +29,8 @@ PAPER = {
     "CNN + RL": (87.1, 0.0, 0.0, 38.8, 0.0),
 }
 LAMBDAS = ("0", "0.2", "0.5", "0.8", "1")
-UNDECIDED = ("numberline-undecided", "ezpoints-undecided", "numberline-undecided-long")
+UNDECIDED = ("numberline-undecided", "ezpoints-undecided", "numberline-undecided-long",
+             "ezpoints-undecided-long")
 # rows of the table of estimators: a name → a variant in runs/
 ESTIMATORS = {
     "GAE": "", "RLOO": "rloo", "GRPO": "grpo",

@@ -138,7 +138,7 @@ smol_start() {   # smol_start NAME GAMES ARGUMENTS…: held-out games before RL
 }
 
 all_runs() {
-    local task seed cot_lambda setting temperature threshold
+    local task seed cot_lambda setting temperature threshold name
     local cards="blackjack points24 numberline ezpoints"
     declare -A games=([blackjack]=10000 [points24]=all:2 [numberline]=all:40 [ezpoints]=all:4 [alfworld]=500)
     declare -A constant=([blackjack]=stand [points24]== [numberline]=+ [ezpoints]==)
@@ -206,13 +206,13 @@ all_runs() {
     for task in numberline ezpoints points24; do
         echo evaluate $task-withheld-start ${games[$task]} --task examples/withheld.py:${class[$task]} --model pocket --temperature 0.5
     done
-    # λ, where the action's tokens are not certain (results/LAMBDA.md)
-    for seed in 1 2 3; do
-        for cot_lambda in 0 0.2 0.5 0.8 1; do
-            for task in numberline ezpoints; do
-                echo undecided $task-undecided-lambda-$cot_lambda-seed$seed ${games[$task]} ${class[$task]} --cot-lambda $cot_lambda --seed $seed --total-timesteps 7500
+    # λ, where the action's tokens are not certain, and the thoughts, -long, neither (results/LAMBDA.md)
+    for setting in long-1 long-2 long-3 short-1; do
+        for task in numberline ezpoints; do
+            for cot_lambda in 0 0.2 0.5 0.8 1; do
+                name=$task-undecided-${setting%-*}-lambda-$cot_lambda-seed${setting#*-}
+                echo undecided ${name/-short} ${games[$task]} ${class[$task]} --cot-lambda $cot_lambda --seed ${setting#*-} --total-timesteps 7500
             done
-            echo undecided numberline-undecided-long-lambda-$cot_lambda-seed$seed ${games[numberline]} NumberLine --cot-lambda $cot_lambda --seed $seed --total-timesteps 7500
         done
     done
     # taught the expert's own labels first, up to an hour a game
