@@ -29,8 +29,12 @@ PAPER = {
     "CNN + RL": (87.1, 0.0, 0.0, 38.8, 0.0),
 }
 LAMBDAS = ("0", "0.2", "0.5", "0.8", "1")
-UNDECIDED = ("numberline-undecided", "ezpoints-undecided", "numberline-undecided-long",
-             "ezpoints-undecided-long")
+# starts whose thoughts do not name the action: a name in runs/ → what the figure calls it
+UNDECIDED = {
+    "numberline-undecided": "numberline, one wording",
+    "numberline-undecided-long": "numberline, drawn wordings",
+    "ezpoints-undecided": "ezpoints, one wording",
+    "ezpoints-undecided-long": "ezpoints, drawn wordings"}
 # rows of the table of estimators: a name → a variant in runs/
 ESTIMATORS = {
     "GAE": "", "RLOO": "rloo", "GRPO": "grpo",
@@ -402,17 +406,18 @@ def draw_curves(file, prefix=""):
 def draw_lambda(file):
     """A column a start of `undecided`, over λ: success, entropies of the last rollout, summed KL.
 
-    Dots are seeds, lines their means. Gray: where the paper has NumberLine learn, 0.2 to 0.5, and
-    where it did not leave its start, 0.1 and less, 0.7 and more.
+    Dots are seeds, lines their means. Gray: the λ with which the paper's NumberLine learned, 0.2 to
+    0.5; with 0.1 and less and with 0.7 and more it did not leave its start.
     """
     names = [name for name in UNDECIDED if runs(name, "lambda-0")]
     figure, grid = pyplot.subplots(
-        3, len(names), figsize=(3.8 * len(names), 7.5), sharex=True, squeeze=False)
+        3, len(names), figsize=(3.5 * len(names), 7.5), sharex=True, sharey="row", squeeze=False)
     kinds = (("success", "success, %"), ("thought_logp", "thoughts"), ("action_logp", "action"),
              ("answer_kl", "KL to the rollout's policy, summed"))
     for column, name in zip(grid.T, names):
-        column[0].set(title=name.replace("-undecided", ""), ylim=(-2, 104))
-        column[0].axvspan(0.2, 0.5, color="gray", alpha=0.15, linewidth=0)
+        column[0].set(title=UNDECIDED[name], ylim=(-2, 104))
+        for axes in column:
+            axes.axvspan(0.2, 0.5, color="gray", alpha=0.15, linewidth=0)
         for (key, label), axes in zip(kinds, column[[0, 1, 1, 2]]):
             found = [each(runs(name, f"lambda-{weight}"), key) for weight in LAMBDAS]
             [line] = axes.plot([float(x) for x in LAMBDAS], [*map(statistics.fmean, found)],
@@ -424,7 +429,7 @@ def draw_lambda(file):
     grid[0, 0].set_ylabel("success, %")
     grid[1, 0].set_ylabel("entropy, nats an answer")
     grid[2, 0].set_ylabel("KL of whole answers, nats")
-    grid[1, 0].legend()
+    grid[1, 0].legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(RESULTS / file, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
