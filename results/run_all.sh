@@ -179,8 +179,9 @@ all_runs() {
     for seed in 1 2 3; do
         echo train numberline-lambda-0-seed$seed ${games[numberline]} --model pocket --task numberline --cot-lambda 0 --seed $seed
     done
-    # Points24 at the paper's temperature, at a lower one, and with self-imitation
+    # at the paper's temperature, Points24 at a lower one and with self-imitation
     for seed in 1 2 3; do
+        echo train blackjack-temperature-0.2-seed$seed ${games[blackjack]} --model pocket --task blackjack --temperature 0.2 --seed $seed
         for temperature in 0.2 0.1; do
             echo train points24-temperature-$temperature-seed$seed ${games[points24]} --model pocket --task points24 --temperature $temperature --seed $seed
         done
