@@ -425,7 +425,8 @@ def draw_lambda(file):
             for weight, values in zip(LAMBDAS, found):
                 axes.plot([float(weight)] * len(values), values, "o", color=line.get_color(),
                           markersize=4)
-        column[2].set_xlabel("λ")
+        # of a sum a single answer may be most
+        column[2].set(xlabel="λ", yscale="log")
     grid[0, 0].set_ylabel("success, %")
     grid[1, 0].set_ylabel("entropy, nats an answer")
     grid[2, 0].set_ylabel("KL of whole answers, nats")
