@@ -356,7 +356,7 @@ DAMAGES = {             # what is done to a run's folder and its newest checkpoi
     "it is not as it was written": lambda run, last: edit(last / "manifest.json", depends={}),
     "it is an earlier version's": lambda run, last: as_an_earlier_version(last / "manifest.json"),
     "was written as checkpoint-000002": lambda run, last: last.rename(run / "checkpoint-000003"),
-    "was written as checkpoint-000002, whose": lambda run, last: last.rename(run / "checkpoint-000001"),
+    "checkpoint-000001 was written for other files": lambda run, last: last.rename(run / "checkpoint-000001"),
     "another run's: it has seed 1, not 2": lambda run, last: edit(run / "config.json", seed=2),
     "another run's: it has num_envs 4, not 8": lambda run, last: edit(run / "config.json", num_envs=8),
     "run folder than are there now (metrics.jsonl)": lambda run, last: (run / "metrics.jsonl").unlink(),
