@@ -244,8 +244,8 @@ def looks():
     """NumberLine's runs shown their pictures, black ones, and another deal's."""
     seen = [finals(runs("numberline"))]
     for shown_instead in ("black", "another"):
-        names = (f"{run['name']}-{shown_instead}" for run in runs("numberline"))
-        seen.append([100 * baselines()[name]["success"] for name in names])
+        names = [f"{run['name']}-{shown_instead}" for run in runs("numberline")]
+        seen.append([100 * baselines()[name]["success"] for name in names if name in baselines()])
     return markdown(["numberline: PPO sees", "the picture", "a black one", "another deal's"],
                     [["success, %", *map(shown, seen)]])
 
@@ -410,6 +410,8 @@ def draw_lambda(file):
     0.5; with 0.1 and less and with 0.7 and more it did not leave its start.
     """
     names = [name for name in UNDECIDED if runs(name, "lambda-0")]
+    if not names:       # its runs are still to be made
+        return
     figure, grid = pyplot.subplots(
         3, len(names), figsize=(3.5 * len(names), 7.5), sharex=True, sharey="row", squeeze=False)
     kinds = (("success", "success, %"), ("thought_logp", "thoughts"), ("action_logp", "action"),
@@ -419,11 +421,11 @@ def draw_lambda(file):
         for axes in column:
             axes.axvspan(0.2, 0.5, color="gray", alpha=0.15, linewidth=0)
         for (key, label), axes in zip(kinds, column[[0, 1, 1, 2]]):
-            found = [each(runs(name, f"lambda-{weight}"), key) for weight in LAMBDAS]
-            [line] = axes.plot([float(x) for x in LAMBDAS], [*map(statistics.fmean, found)],
-                               label=label)
-            for weight, values in zip(LAMBDAS, found):
-                axes.plot([float(weight)] * len(values), values, "o", color=line.get_color(),
+            found = {float(weight): each(chosen, key) for weight in LAMBDAS
+                     if (chosen := runs(name, f"lambda-{weight}"))}
+            [line] = axes.plot([*found], [*map(statistics.fmean, found.values())], label=label)
+            for weight, values in found.items():
+                axes.plot([weight] * len(values), values, "o", color=line.get_color(),
                           markersize=4)
         # of a sum a single answer may be most
         column[2].set(xlabel="λ", yscale="log")
@@ -438,8 +440,7 @@ def draw_lambda(file):
 
 def main():
     draw_curves("curves.png")
-    if runs("numberline-undecided", "lambda-0"):
-        draw_lambda("lambda.png")
+    draw_lambda("lambda.png")
     if runs("smol-numberline"):
         draw_curves("smol.png", "smol-")
     print(*tables(), sep="\n\n")
