@@ -6,9 +6,10 @@
 group_size games begin with the same deal and are played to their ends. An episode's return minus
 the mean of the others' is the advantage of all its answers: RLOO (arXiv 2402.14740), `--advantage
 rloo`. GRPO (arXiv 2402.03300) takes the group's mean, and divides by its standard deviation. The
-update is ppo.py's. Returns are not discounted, advantages not normalised over the rollout: gamma,
-gae_lambda and advantage_floor are not asked. Nor is V, which learns what is still to come, for
-explained_variance alone. Does not handle: several processes, whose rollouts would differ in length.
+update is ppo.py's. Returns are not discounted, advantages not normalised over the rollout, and an
+episode that ran out of time counts as it ended: gamma, gae_lambda and advantage_floor have no
+effect. V has none either: it learns the rewards to come, so that explained_variance is reported.
+Does not handle: several processes, whose rollouts would differ in length.
 """
 
 import itertools

@@ -45,9 +45,10 @@ def model_player(policy, seed, cot=True, max_new_tokens=256, greedy=False, batch
 
 
 def shown_otherwise(player, pictures, settings, seed):
-    """The player as it is ("own"); or it sees "black" pictures, or ever "another" deal's first one.
+    """The player as it is ("own"), or one that sees other pictures.
 
-    A policy that wins no less so does not look.
+    "black": all-black ones; "another": at every step the first one of a newly dealt game. A policy
+    that wins no less so does not look.
     """
     if pictures == "own":
         return player

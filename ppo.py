@@ -80,8 +80,9 @@ def kl_estimate(log_ratio):
 def kl_penalty(answer_logp, start_logp):
     """½ E[(log π − log π_start)²] of whole answers, both (B,): a loss whose gradient is KL's.
 
-    For over samples of π, ∇ is E[(log π − log π_start) ∇ log π] = ∇ KL(π ‖ π_start). Of k3, as
-    GRPO has it, the value is that KL, and the gradient another one's.
+    Averaged over samples of π its gradient is E[(log π − log π_start) ∇ log π], which is that of
+    KL(π ‖ π_start). GRPO's k3 estimates the same KL, but its gradient is not that KL's. In later
+    minibatches the samples are π_old's, a little off, as in all of PPO.
     """
     return 0.5 * ((answer_logp - start_logp) ** 2).mean()
 

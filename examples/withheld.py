@@ -4,8 +4,8 @@
     python eval.py --task examples/withheld.py:NumberLine --run runs/withheld --episodes all
 
 Held-out games have all deals; success_by_kind tells the seen from the withheld. Withheld are one of
-NumberLine's six targets with its five deals (of a pair alone the way from another deal would show
-it), 2 of EZPoints' 7 pairs of numbers, a fifth of Points24's 566 sets of numbers that have a
+NumberLine's six targets with its five deals (a pair alone is passed on the way from a farther
+start), 2 of EZPoints' 7 pairs of numbers, a fifth of Points24's 566 sets of numbers that have a
 solution: drawn once, the same in every run. RL alone does without them: supervised fine-tuning, of
 the pocket model too, has shown right thoughts about all of them.
 """

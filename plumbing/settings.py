@@ -119,7 +119,7 @@ class Settings(ModelSettings):
         paper="gae", choices=("gae", "rloo", "grpo"))
     group_size: int = setting(8, "with rloo and grpo: episodes of each deal")
     kl_coef: float = setting(
-        0.0, "weight of the KL to RL's start, on the sampled tokens, in the loss", paper=0.0)
+        0.0, "weight of ½ (log π − log π_start)² of whole answers in the loss", paper=0.0)
     imitation: int = setting(
         0, "minibatches of the run's own won games learned again after each update: a flag of ours "
         "(imitation.py)", paper=0)
