@@ -73,8 +73,8 @@ def evaluate(player, task: str, episodes: int | str, seed: int, num_envs=64, cot
     def begin_next(slot):
         slot.episode = next(waiting, None)
         if slot.episode is not None:
-            _, own, options = deals[slot.episode]
-            slot.picture, slot.info = slot.game.reset(seed=own, options=options)
+            _, deal_seed, options = deals[slot.episode]
+            slot.picture, slot.info = slot.game.reset(seed=deal_seed, options=options)
 
     slots = [Slot(held_out_game(task, game_options)) for _ in range(min(num_envs, len(deals)))]
     for slot in slots:
@@ -104,10 +104,11 @@ def evaluate(player, task: str, episodes: int | str, seed: int, num_envs=64, cot
     if not np.isnan(success).any():
         share = mean(success, weights)
         if episodes == "all":           # what is uncertain is what was drawn
-            own = weights.reshape(draws, -1)[0]
-            low, high = draws_interval(success.reshape(draws, -1), own / own.sum())
+            shares = weights.reshape(draws, -1)[0]
+            low, high = draws_interval(success.reshape(draws, -1), shares / shares.sum())
         else:                           # or which deals came, too
             low, high = map(float, wilson(success.sum(), len(deals)))
+        low, high = min(low, share), max(high, share)       # of 500 in 500 it is 1 but for rounding
     result = {
         "task": task, "episodes": len(deals), "seed": seed, "steps": len(decisions),
         "draws_of_every_deal": draws if episodes == "all" else None,
@@ -135,12 +136,12 @@ def by_weight(decisions, weights):
 
     So that rates of decisions are of the same deals as the means of games.
     """
-    own = [[] for _ in weights]
+    episodes = [[] for _ in weights]
     for decision in decisions:
-        own[decision.episode].append(decision)
+        episodes[decision.episode].append(decision)
     places = (np.arange(len(weights)) + 0.5) / len(weights)
     drawn = np.searchsorted(np.cumsum(weights / weights.sum()), places)
-    return [decision for episode in drawn for decision in own[episode]]
+    return [decision for episode in drawn for decision in episodes[episode]]
 
 
 def chance_plays(decisions):
@@ -210,8 +211,8 @@ def find_policy(options, given, task):
     policy.temperature = given.get("temperature", policy.temperature)
     if find_game(settings.task) is not find_game(task):
         say(f"note: {options.run} was trained on {settings.task}")
-        own = resolve(Settings, {"task": task})     # ALFWorld's games are larger
-        settings = replace(settings, task=task, game=(), num_envs=own.num_envs)
+        default = resolve(Settings, {"task": task})     # ALFWorld's games are larger
+        settings = replace(settings, task=task, game=(), num_envs=default.num_envs)
     return policy, options.run, replace(settings, **given)
 
 
@@ -275,8 +276,8 @@ def check_options(options, given):
             raise ModelError(message)
     # these raise errors of their own
     task = next(iter(TASKS)) if options.task == "all" else options.task
-    own = {name: given[name] for name in ("game", "temperature") if name in given}
-    settings = resolve(Settings, {"task": task, **own})
+    chosen = {name: given[name] for name in ("game", "temperature") if name in given}
+    settings = resolve(Settings, {"task": task, **chosen})
     if not options.run:     # a run has options of its own, and was tried when it began
         check_game(task, settings.game, ("best_actions",) if policy == "expert" else ())
         if every:
@@ -310,8 +311,7 @@ def main(arguments=None):
         check_files((options.out, options.render))
         result, recorder = (play_all if options.task == "all" else play)(options, given)
         print(json.dumps(result), flush=True)
-        if options.out:
-            # not by renaming: it may be a link or a device
+        if options.out:     # not by renaming: it may be a link or a device
             Path(options.out).write_text(json.dumps(result) + "\n")
         if recorder:
             recorder.save(options.render)

@@ -71,6 +71,8 @@ def test_evaluation_agrees_with_exact_values(tmp_path, capsys):
     assert random_play["return_mean"] == pytest.approx(-0.396, abs=0.05)
     plus = evaluation.evaluate(players.scripted_player("always:+", "numberline", 0), "numberline", 500, 0)
     assert plus["success"] == pytest.approx(0.5, abs=0.07) and plus["goal_rate"] == plus["success"]
+    perfect = evaluation.evaluate(players.scripted_player("expert", "numberline", 0), "numberline", 12, 0)
+    assert perfect["success"] == perfect["success_high"] == 1       # the formula alone rounds to a little less
     # the same episodes, however many are played side by side
     few, many = (evaluation.evaluate(players.scripted_player("expert", "points24", 0), "points24", 40, 5, envs)
                  for envs in (3, 64))
