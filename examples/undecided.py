@@ -1,4 +1,4 @@
-"""Games whose thoughts do not say what is chosen: there λ has something to weigh.
+"""Games whose thoughts do not say what is chosen: the action's tokens carry the decision.
 
     python sft.py --task examples/undecided.py:NumberLine --model pocket --full --bits 32 \
         --label-noise 1 --steps 300 --lr 5e-4 --out runs/undecided
@@ -6,10 +6,10 @@
 
 With the pocket model's own lessons the thoughts end in "I choose +.", the action's tokens are a
 copy of probability 1, and λ scales all that is learned. Here the thoughts read the picture and
-compare, or plan, and the action's tokens carry the decision; taught with random labels, they have
-an entropy. The thoughts have none: every state has one. With `--game long=true` they say more, all
-of it true: up to three further sentences, how many and in which order is drawn. So they have an
-entropy as well, of which the reward knows nothing.
+compare, or plan, and the action's tokens, taught with random labels, have an entropy. The thoughts
+have none: each state has one wording. With `--game long=true` they say more, all of it true: up to
+three further sentences, how many and in which order is drawn. So they have an entropy as well, of
+which the reward knows nothing, and λ has something to weigh.
 """
 
 import numpy as np

@@ -74,7 +74,7 @@ HOUSES = {
     "search without memory": "heuristic",
     "SFT start": "start",
     "the same without CoT": "start-no-cot",
-    "**PPO**": "",
+    "**PPO, λ 0.2**": "",
     "PPO without CoT": "no-cot",
     "PPO, λ 0.5": "lambda-0.5",
 }
@@ -163,8 +163,8 @@ def seeds():
     rows = []
     for task in TASKS:
         chosen = runs(task)
-        rows.append([task, ", ".join(f"{value:.1f}" for value in finals(chosen))])
-        for key in ("parse_rate", "reading_rate", "expert_agreement"):
+        rows.append([task])
+        for key in ("success", "parse_rate", "reading_rate", "expert_agreement"):
             after = ", ".join(f"{value:.1f}" for value in finals(chosen, key))
             rows[-1].append(f"{baseline(task, 'start', key):.1f} → {after}")
         rows[-1].append(", ".join(f"{run.get('wall_s', np.nan) / 60:.0f}" for run in chosen))
