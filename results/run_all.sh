@@ -204,6 +204,9 @@ all_runs() {
             echo train $task-withheld-seed$seed ${games[$task]} --model pocket --task examples/withheld.py:${class[$task]} --seed $seed
         done
     done
+    for seed in 4 5; do      # its first three differ by 40 points
+        echo train numberline-withheld-seed$seed ${games[numberline]} --model pocket --task examples/withheld.py:NumberLine --seed $seed
+    done
     for task in numberline ezpoints points24; do
         echo evaluate $task-withheld-start ${games[$task]} --task examples/withheld.py:${class[$task]} --model pocket --temperature 0.5
     done
