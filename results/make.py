@@ -265,6 +265,20 @@ def withheld():
     return markdown(["before → after RL, %", "deals that RL saw", "deals withheld from it"], rows)
 
 
+def temperatures():
+    """Points24 and Blackjack at lower temperatures, in training and evaluation alike."""
+    rows = []
+    for temperature in ("0.5", "0.2", "0.1"):
+        own = "" if temperature == "0.5" else f"temperature-{temperature}"      # 0.5 is the default
+        cells = []
+        for task in ("points24", "blackjack"):
+            before = cell(task, "-".join(filter(None, ("start", own))))
+            after = cell(task, own)
+            cells.append("–" if after == "–" else f"{before} → {after}")
+        rows.append([temperature, *cells])
+    return markdown(["temperature: before → after RL, %", "points24", "blackjack"], rows)
+
+
 def behaviour(task, names, keys):
     """A row a player, named as in OURS: its evaluations under these keys, in %, mean over seeds."""
     rows = []
@@ -292,7 +306,7 @@ def plans():
     """How often a formula game's written plan is right and is followed, and what that wins."""
     keys = ("plan_rate", "plan_followed", "success")
     learned = {"SFT start": "start", "**PPO**": ""}
-    others = {"SFT start, temperature 0.3": "start-temperature-0.3",
+    others = {"SFT start, temperature 0.2": "start-temperature-0.2",
               "SFT start, temperature 0.1": "start-temperature-0.1",
               "PPO with self-imitation": "imitation"}
     rows = behaviour("ezpoints", learned, keys) + behaviour("points24", learned | others, keys)
@@ -363,7 +377,8 @@ def tables():
     """All tables that pages show, but for YOUR_OWN_GAME.md's, and LOG.md's, which are history."""
     found = [
         ours(), paper(), seeds(), looks(), decisions("blackjack"), plans(), households(),
-        estimators(), withheld(), smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
+        estimators(), withheld(), temperatures(),
+        smol(), smol_runs(), decisions("smol-blackjack"), own_words()]
     found += [undecided(name) for name in UNDECIDED]
     # a head and a line alone: its runs are still to be made
     return [table for table in found if len(table.splitlines()) > 2]

@@ -160,7 +160,8 @@ all_runs() {
     for threshold in 12 14; do
         echo evaluate blackjack-below-$threshold ${games[blackjack]} --task blackjack --policy below:$threshold
     done
-    for temperature in 0.3 0.1; do
+    echo evaluate blackjack-start-temperature-0.2 ${games[blackjack]} --task blackjack --model pocket --temperature 0.2
+    for temperature in 0.2 0.1; do
         echo evaluate points24-start-temperature-$temperature ${games[points24]} --task points24 --model pocket --temperature $temperature
     done
     # does it look?

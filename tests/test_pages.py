@@ -261,7 +261,7 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
         for key in keys:
             assert re.search(rf"(?<![\d.,]){100 * run[key]['success']:.1f} %", prose), key
     shares = {key: make.baseline(*key) for key in (
-        ("blackjack", "below-14"), ("points24", "start-temperature-0.3"), ("points24", "start-temperature-0.1"),
+        ("blackjack", "below-14"), ("points24", "start-temperature-0.2"), ("points24", "start-temperature-0.1"),
         ("ezpoints", "before-weakening"), ("points24", "before-weakening"))}
     for key, share in shares.items():
         assert re.search(rf"(?<![\d.,]){share:.1f} %", prose), key
