@@ -241,13 +241,21 @@ def estimators():
 
 
 def looks():
-    """NumberLine's runs shown their pictures, black ones, and another deal's."""
-    seen = [finals(runs("numberline"))]
-    for shown_instead in ("black", "another"):
-        names = [f"{run['name']}-{shown_instead}" for run in runs("numberline")]
-        seen.append([100 * baselines()[name]["success"] for name in names if name in baselines()])
-    return markdown(["numberline: PPO sees", "the picture", "a black one", "another deal's"],
-                    [["success, %", *map(shown, seen)]])
+    """Runs shown their pictures, black ones, and another deal's."""
+    rows = []
+    for name, variant in (("numberline", ""), ("alfworld", ""),
+                          ("alfworld, the picture alone tells", "untold")):
+        task = name.split(",")[0]
+        if not (chosen := runs(task, variant)):
+            continue
+        seen = [finals(chosen)]
+        for shown_instead in ("black", "another"):
+            keys = [f"{run['name']}-{shown_instead}" for run in chosen]
+            seen.append([100 * baselines()[key]["success"] for key in keys if key in baselines()])
+        before = cell(task, "-".join(filter(None, (variant, "start"))))
+        rows.append([name, before, *map(shown, seen)])
+    return markdown(["shown, success, %", "before RL: the picture", "after RL: the picture",
+                     "a black one", "another deal's"], rows)
 
 
 def withheld():

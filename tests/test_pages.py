@@ -268,6 +268,12 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
     blind = [f"{np.mean([make.baseline('numberline', f'seed{seed}-{seen}') for seed in range(1, 6)]):.1f} %"
              for seen in ("black", "another")]
     assert f"black pictures it wins {blind[0]} of NumberLine, as a constant move does, shown another deal's {blind[1]}" in prose
+    states = [run["states"] for run in json.loads((tried / "numberline-withheld-decisions.json").read_text())["runs"]]
+    answers = sum(state["answers"] for run in states for state in run)
+    assert sum(state["compared rightly"] for run in states for state in run) == answers - 1
+    back = [f"{100 - 100 * at_2['moved rightly'] / at_2['answers']:.0f}" for _, _, at_2, _, _ in states]
+    assert f"Of {answers:,} answers where the target is 3" in prose
+    assert f"{', '.join(back[:-1])} and {back[-1]} % of them go on with" in prose
     assert f"wins {make.baseline('alfworld', 'start'):.0f} % before RL and " \
            f"{make.shown(make.finals(make.runs('alfworld')))} % after it" in prose
 
