@@ -268,6 +268,10 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
     blind = [f"{np.mean([make.baseline('numberline', f'seed{seed}-{seen}') for seed in range(1, 6)]):.1f} %"
              for seen in ("black", "another")]
     assert f"black pictures it wins {blind[0]} of NumberLine, as a constant move does, shown another deal's {blind[1]}" in prose
+    fallen = min(make.runs("numberline", "grpo"), key=lambda run: run["eval"]["parse_rate"])
+    worst = 100 * min(row["parse_rate"] for row in fallen["metrics"])
+    assert f"There {worst:.0f} % of the answers name an action in the worst rollout, and " \
+           f"{100 * fallen['eval']['parse_rate']:.0f} % at the end" in prose
     states = [run["states"] for run in json.loads((tried / "numberline-withheld-decisions.json").read_text())["runs"]]
     answers = sum(state["answers"] for run in states for state in run)
     assert sum(state["compared rightly"] for run in states for state in run) == answers - 1
