@@ -268,6 +268,10 @@ def test_figures_in_the_prose_are_in_the_result_files(make):
     blind = [f"{np.mean([make.baseline('numberline', f'seed{seed}-{seen}') for seed in range(1, 6)]):.1f} %"
              for seen in ("black", "another")]
     assert f"black pictures it wins {blind[0]} of NumberLine, as a constant move does, shown another deal's {blind[1]}" in prose
+    few_games = [json.loads(file.read_text()) for file in sorted(tried.glob("points24-temperature-0.1-envs-32-seed[123].json"))]
+    long = json.loads((tried / "points24-temperature-0.1-envs-32-60000-steps-seed7.json").read_text())
+    assert f"three seeds win {make.shown(make.finals(few_games))} %, and with 60,000 steps as well, instead of 15,000, " \
+           f"one wins {make.finals([long])[0]:.1f} %" in prose
     fallen = min(make.runs("numberline", "grpo"), key=lambda run: run["eval"]["parse_rate"])
     worst = 100 * min(row["parse_rate"] for row in fallen["metrics"])
     assert f"There {worst:.0f} % of the answers name an action in the worst rollout, and " \
