@@ -57,15 +57,12 @@ lesson() {   # lesson FOLDER ARGUMENTS…: supervised fine-tuning; what is there
     python sft.py "$@" --out "$out" $more >> "$out.log" 2>&1 || { echo "failed: $out.log"; return 1; }
 }
 
-best() {   # best NAME GAMES STEPS ARGUMENTS…: STEPS of supervised fine-tuning on the expert's own labels, RL from there
-    local name=$1 games=$2 steps=$3 task=${1%%-*} start="runs/${1%%-*}-best-sft"; shift 3
-    [ -f "results/runs/$name.json" ] && return
+taught() {   # taught TASK-best-start GAMES STEPS: STEPS of supervised fine-tuning on the expert's own labels, and no RL
+    local name=$1 games=$2 steps=$3 task=${1%%-*}
+    grep -q "^\"$name\":" results/baselines.json && return
     mkdir -p runs
-    exec 8> "$start.lock"; flock 8                              # the other seeds wait for the one that makes it
-    lesson "$start" --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 || return 1
-    evaluate "$task-best-start" "$games" --task "$task" --model "$start" --temperature 0.5
-    flock -u 8
-    train "$name" "$games" --task "$task" --model "$start" "$@"
+    lesson "runs/$task-best-sft" --task "$task" --model pocket --full --bits 32 --steps "$steps" --lr 1e-3 --seed 11 || return 1
+    evaluate "$name" "$games" --task "$task" --model "runs/$task-best-sft" --temperature 0.5
 }
 
 own() {   # own NAME-seedN GAMES ARGUMENTS…: RL on a game of YOUR_OWN_GAME.md, from a pocket model made for it
@@ -220,11 +217,9 @@ all_runs() {
             done
         done
     done
-    # taught the expert's own labels first, up to an hour a game
-    for seed in 1 2 3; do
-        echo best blackjack-best-seed$seed ${games[blackjack]} 1000 --seed $seed --lr 5e-5
-        echo best points24-best-seed$seed ${games[points24]} 3000 --seed $seed
-    done
+    # taught the expert's own labels, up to an hour a game
+    echo taught blackjack-best-start ${games[blackjack]} 1000
+    echo taught points24-best-start ${games[points24]} 3000
     # frozen vision features and an MLP over the actions, which plays by seeds alone
     declare -A seeds=([blackjack]=10000 [points24]=1000 [numberline]=1000 [ezpoints]=1000)
     for seed in 1 2 3; do
@@ -306,7 +301,7 @@ examples() {   # examples "NAME GAMES ARGUMENTS…": all lines of one
     done
 }
 
-export -f games train features run evaluate lesson best own undecided untold smol smol_model smol_start
+export -f games train features run evaluate lesson taught own undecided untold smol smol_model smol_start
 mkdir -p results/runs
 [ -f results/baselines.json ] || echo "{}" > results/baselines.json
 chosen=$(all_runs | grep -e "${1:-.}") || {
